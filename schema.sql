@@ -1,0 +1,1 @@
+tollerchat/schema.sql

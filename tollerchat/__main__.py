@@ -1,0 +1,157 @@
+"""The command line: `tollerchat [serve]`, `tollerchat token`, `tollerchat init-db`."""
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import signal
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+
+import psycopg2
+from aiohttp import web
+
+from tollerchat import __version__
+from tollerchat.app import create_app, drain
+from tollerchat.auth import issue_token
+from tollerchat.config import Config
+from tollerchat.embedded import DEMO_USERS, add_demo_data, keep_secret, run_postgres
+from tollerchat.errors import ConfigError
+from tollerchat.repository import apply_schema
+
+__all__ = ("main",)
+
+logger = logging.getLogger("tollerchat")
+
+DEMO_TTL = 30 * 24 * 3600  # seconds
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status. Settings come from the environment."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        config = Config.from_env()
+        if arguments.command == "token":
+            print(issue_token(arguments.user, _with_secret(config), ttl=arguments.ttl))
+        elif arguments.command == "init-db":
+            _init_db(config)
+        else:
+            _serve(config)
+    except ConfigError as exc:
+        print(f"tollerchat: {exc}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tollerchat",
+        description="A real-time chat server. Settings come from the environment, see the README.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    commands.add_parser("serve", help="run the server (default); without DB_URL, on an embedded PostgreSQL")
+    token = commands.add_parser("token", help="print a token, for trying things out")
+    token.add_argument("--user", type=int, required=True, help="user id")
+    token.add_argument("--ttl", type=int, default=3600, help="seconds it is valid (default: %(default)s)")
+    commands.add_parser("init-db", help="make the tables in DB_URL, or upgrade them")
+    return parser
+
+
+def _with_secret(config: Config) -> Config:
+    """Without a database of one's own, the secret of the embedded one will do."""
+    if not config.jwt_secret and not config.db_url:
+        return dataclasses.replace(config, jwt_secret=keep_secret(Path(config.data_dir)))
+    if not config.jwt_secret:
+        raise ConfigError('JWT_SECRET is not set: export JWT_SECRET="$(openssl rand -hex 32)"')
+    return config
+
+
+def _init_db(config: Config) -> None:
+    if not config.db_url:
+        raise ConfigError('DB_URL is not set: export DB_URL="postgresql://user@host/database"')
+    try:
+        asyncio.run(apply_schema(config))
+    except (psycopg2.Error, asyncio.TimeoutError) as exc:
+        reason = str(exc).strip().split("\n")[0] or "no answer"
+        raise ConfigError(f"cannot set up the database of DB_URL: {reason}") from None
+    print("the database is set up")
+
+
+def _serve(config: Config) -> None:
+    config = _with_secret(config)
+    with contextlib.ExitStack() as stack:
+        demo = not config.db_url
+        if demo:
+            url = stack.enter_context(run_postgres(Path(config.data_dir)))
+            add_demo_data(url)
+            config = dataclasses.replace(config, db_url=url)
+        _run(_serve_until_stopped(config, demo=demo))
+
+
+def _run(main: Coroutine[None, None, None]) -> None:
+    if sys.platform == "win32":
+        asyncio.run(main)
+    else:
+        import uvloop
+
+        uvloop.run(main)
+
+
+async def _serve_until_stopped(config: Config, *, demo: bool) -> None:
+    app = create_app(config)
+    runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=1.0)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, config.host, config.port)
+        try:
+            await site.start()
+        except OSError as exc:
+            raise ConfigError(
+                f"cannot listen on {config.host}:{config.port} ({exc.strerror}): set HOST and PORT"
+            ) from None
+        base = f"http://{_netloc(runner)}"
+        logger.info("listening on %s", base)
+        if demo:
+            _print_links(config, base)
+        await _stop_signal()
+        logger.info("shutting down")
+        # Before the sites close: whoever comes now is told 503, and /health says so.
+        await drain(app)
+    finally:
+        await runner.cleanup()
+
+
+def _netloc(runner: web.AppRunner) -> str:
+    host, port = runner.addresses[0][:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _print_links(config: Config, base: str) -> None:
+    print("\nOpen these in two browser tabs, and chat with yourself:\n")
+    for user_id, name in DEMO_USERS.items():
+        token = issue_token(user_id, config, ttl=DEMO_TTL)
+        print(f"  {name}:  {base}/#channel=1&token={token}\n")
+    print(f"Messages are kept in {config.data_dir}/. Stop with Ctrl-C.\n", flush=True)
+
+
+async def _stop_signal() -> None:
+    """Wait for SIGTERM or SIGINT; a second one ends the process at once."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if sys.platform == "win32":
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+        else:
+            loop.add_signal_handler(number, stop.set)
+    await stop.wait()
+    if sys.platform != "win32":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

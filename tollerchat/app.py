@@ -1,0 +1,133 @@
+"""The application: every part made, connected, started and stopped."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from importlib import resources
+from pathlib import Path
+
+from aiohttp import web
+
+from tollerchat.bus import PostgresBus
+from tollerchat.config import Config
+from tollerchat.errors import Unavailable
+from tollerchat.handler import ChatHandler, error_response
+from tollerchat.hub import Hub
+from tollerchat.logs import hide_tokens
+from tollerchat.repository import Repository
+from tollerchat.writer import MessageWriter
+
+__all__ = ("bus_key", "config_key", "create_app", "drain", "hub_key", "repository_key", "setup", "writer_key")
+
+logger = logging.getLogger("tollerchat.app")
+
+config_key = web.AppKey("config_key", Config)
+repository_key = web.AppKey("repository_key", Repository)
+hub_key = web.AppKey("hub_key", Hub)
+writer_key = web.AppKey("writer_key", MessageWriter)
+bus_key = web.AppKey("bus_key", PostgresBus)
+
+HEALTH_TIMEOUT = 2.0  # seconds
+
+# The page needs no more than its own files and its own server.
+_CSP = "default-src 'self'; connect-src 'self' ws: wss:; frame-ancestors 'self'; base-uri 'none'"
+
+
+def create_app(config: Config) -> web.Application:
+    """An application with everything: the WebSocket route, `/health`, and the web chat at `/`.
+
+    Run it on its own, or mount it: `parent.add_subapp("/chat", create_app(config))`.
+    Raises `ConfigError` where `db_url` or `jwt_secret` is missing.
+    """
+    app = web.Application()
+    setup(app, config)
+    static = Path(str(resources.files("tollerchat").joinpath("static")))
+
+    async def page(request: web.Request) -> web.StreamResponse:
+        return web.FileResponse(static / "index.html", headers={"Content-Security-Policy": _CSP})
+
+    async def add_slash(request: web.Request) -> web.StreamResponse:
+        raise web.HTTPPermanentRedirect(request.path + "/")
+
+    app.router.add_get("/", page)
+    app.router.add_get("", add_slash)  # where mounted: the page's links are relative to "/chat/", not "/chat"
+    app.router.add_static("/static", static)
+    return app
+
+
+def setup(app: web.Application, config: Config) -> None:
+    """Add the chat to an application: routes `/ws/channel/{channel_id}` and `/health`.
+
+    Raises `ConfigError` where `db_url` or `jwt_secret` is missing.
+    """
+    config.require()
+    hide_tokens()
+    repository = Repository(config)
+    hub = Hub(config, repository)
+    writer = MessageWriter(config, repository, hub)
+    app[config_key] = config
+    app[repository_key] = repository
+    app[hub_key] = hub
+    app[writer_key] = writer
+    app[bus_key] = PostgresBus(config, hub)
+    handler = ChatHandler(config, repository, hub, writer)
+    app.router.add_get("/ws/channel/{channel_id}", handler.serve_ws)
+    app.router.add_get("/health", health)
+    app.cleanup_ctx.append(_parts)
+    # Not in the context: a parent's contexts, which may own what we write to, are cleaned before ours.
+    app.on_shutdown.append(drain)
+
+
+async def _parts(app: web.Application) -> AsyncIterator[None]:
+    async with contextlib.AsyncExitStack() as stack:
+        await app[repository_key].open()
+        stack.push_async_callback(app[repository_key].close)
+        await stack.enter_async_context(_background(app[writer_key].run()))
+        await stack.enter_async_context(_background(app[bus_key].run()))
+        await stack.enter_async_context(_background(app[hub_key].keep_alive()))
+        yield
+
+
+@contextlib.asynccontextmanager
+async def _background(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Run an endless task, and report at once if it ends all the same."""
+
+    def report(task: "asyncio.Task[None]") -> None:
+        if not task.cancelled():
+            logger.critical("a background task ended: restart the server", exc_info=task.exception())
+
+    task = asyncio.create_task(work)
+    task.add_done_callback(report)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def drain(app: web.Application) -> None:
+    """Let nobody in, answer what was taken, close all connections; within `shutdown_timeout`."""
+    hub, timeout = app[hub_key], app[config_key].shutdown_timeout
+    if hub.draining:
+        return
+    hub.start_draining()
+    try:
+        await asyncio.wait_for(app[writer_key].flush(), timeout / 2)
+    except asyncio.TimeoutError:
+        logger.error("shutting down with messages that could not be stored: their senders have no ack")
+    await hub.close_all(timeout / 2)
+
+
+async def health(request: web.Request) -> web.StreamResponse:
+    """`GET /health`: 200 while the server takes connections and the database answers."""
+    app = request.app
+    try:
+        if app[hub_key].draining:
+            raise Unavailable("the server is shutting down")
+        await asyncio.wait_for(app[repository_key].ping(), HEALTH_TIMEOUT)
+    except asyncio.TimeoutError:
+        return error_response(Unavailable("the database does not answer"))
+    except Unavailable as exc:
+        return error_response(exc)
+    return web.json_response({"status": "ok"})

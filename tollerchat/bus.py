@@ -1,0 +1,89 @@
+"""The bus: hints that the log has grown, from whoever wrote to it. The log is the truth, hints may be lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import aiopg
+import psycopg2
+
+from tollerchat.config import Config
+from tollerchat.errors import Unavailable
+from tollerchat.hub import Hub
+from tollerchat.repository import connect
+
+__all__ = ("PostgresBus",)
+
+logger = logging.getLogger("tollerchat.bus")
+
+RETRY_DELAY = 0.5  # seconds between attempts to connect
+PROBE_INTERVAL = 5.0  # seconds between probes of the connection, which also look for lost hints
+
+
+class PostgresBus:
+    """LISTENs to what the triggers of schema.sql notify, and tells the hub.
+
+    Payloads: `grown <channel>:<newest id> ...`, `changed <channel>`, `deleted <channel>`,
+    `access <channel>`, `user <user>`.
+    """
+
+    def __init__(self, config: Config, hub: Hub) -> None:
+        self._config = config
+        self._hub = hub
+
+    async def run(self) -> None:
+        """Listen, and connect again whenever the connection fails, until cancelled."""
+        while True:
+            try:
+                async with connect(self._config, self._config.db_timeout) as connection:
+                    await _execute(connection, "LISTEN tollerchat")
+                    # Whatever was notified before is found in the tables.
+                    await self._hub.compare_with_log()
+                    await self._hub.check_all_access()
+                    await self._listen(connection)
+            except (psycopg2.Error, OSError, asyncio.TimeoutError, AssertionError, Unavailable) as exc:
+                logger.warning("not listening to the database: %s", str(exc).strip() or type(exc).__name__)
+            await asyncio.sleep(RETRY_DELAY)
+
+    async def _listen(self, connection: aiopg.Connection) -> None:
+        probing = asyncio.create_task(self._probe(connection))
+        try:
+            while True:
+                # No timeout here: a cancelled get() can lose a notification.
+                notification = await connection.notifies.get()
+                await self._dispatch(notification.payload)
+        finally:
+            probing.cancel()
+            await asyncio.gather(probing, return_exceptions=True)
+
+    async def _probe(self, connection: aiopg.Connection) -> None:
+        """Close a connection that is dead but does not tell; else look for hints that were lost."""
+        try:
+            while True:
+                await asyncio.sleep(PROBE_INTERVAL)
+                await _execute(connection, "SELECT 1")
+                await self._hub.compare_with_log()
+        except (psycopg2.Error, OSError, asyncio.TimeoutError, AssertionError, Unavailable) as exc:
+            logger.warning("the database does not answer: %s", str(exc).strip() or type(exc).__name__)
+            connection.close()
+
+    async def _dispatch(self, payload: str) -> None:
+        verb, *arguments = payload.split()
+        if verb == "grown":
+            for argument in arguments:
+                channel_id, _, message_id = argument.partition(":")
+                self._hub.hint(int(channel_id), int(message_id))
+        elif verb == "changed":
+            self._hub.forget(int(arguments[0]))
+        elif verb == "deleted":
+            self._hub.channel_deleted(int(arguments[0]))
+        elif verb == "access":
+            await self._hub.check_access(int(arguments[0]))
+        elif verb == "user":
+            self._hub.user_deleted(int(arguments[0]))
+
+
+async def _execute(connection: aiopg.Connection, sql: str) -> None:
+    async with connection.cursor() as cursor:
+        await cursor.execute(sql)

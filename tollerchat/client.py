@@ -1,0 +1,338 @@
+"""`Client`: one connection, its cursor in the log, and the two pumps."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, Protocol
+
+import aiohttp
+
+from tollerchat.auth import Identity, verify_token
+from tollerchat.config import Config
+from tollerchat.errors import ChatError, InvalidFrame, TooSlow, Unauthorized, Unavailable
+from tollerchat.hub import Hub
+from tollerchat.protocol import (
+    PING_FRAME,
+    AckFrame,
+    CloseCode,
+    ErrorFrame,
+    IncomingAuth,
+    IncomingMessage,
+    IncomingTyping,
+    OutgoingMessage,
+    OutgoingTyping,
+    ReadyFrame,
+    encode,
+    nonce_of,
+    parse,
+)
+from tollerchat.repository import NewMessage
+from tollerchat.room import RETRY_DELAY, LogFrame, Room
+from tollerchat.writer import MessageWriter
+
+__all__ = ("Client", "Connection")
+
+logger = logging.getLogger("tollerchat.client")
+
+# Bytes that may wait in a connection's buffer; beyond, the client is lagging and gets no live frames.
+BUFFER_LIMIT: Final = 64 * 1024
+TYPING_INTERVAL: Final = 1.0  # seconds
+CLOSE_TIMEOUT: Final = 2.0  # seconds for the closing handshake; then the connection is aborted
+
+
+class Connection(Protocol):
+    """What a client needs of its WebSocket; aiohttp's `WebSocketResponse` has it."""
+
+    async def receive(self) -> aiohttp.WSMessage: ...
+    async def pong(self, message: bytes = b"") -> None: ...
+    async def close(self, *, code: int, message: bytes) -> bool: ...
+
+
+class Client:
+    """One connection to a channel.
+
+    Its cursor is the last message it was given. It is *live* while it is in `room.live`: then its cursor
+    is the room's head, and each commit is one write. Else it is *catching up*: `write_pump` feeds it from
+    the log with backpressure until its cursor is the head.
+    """
+
+    def __init__(
+        self, config: Config, hub: Hub, writer: MessageWriter, identity: Identity, channel_id: int, *, v1: bool
+    ) -> None:
+        self.user_id, self.expires_at = identity
+        self.channel_id = channel_id
+        self.v1 = v1
+        self.own: set[int] = set()  # ids of its own messages that its cursor has not passed yet
+        self.ended = asyncio.Event()
+        self._config = config
+        self._hub = hub
+        self._writer = writer
+        self._ready = False  # history was sent
+        self._gap = False
+        self._cursor = 0
+        self._in_flight = 0
+        self._slot_free: asyncio.Future[None] | None = None
+        self._next_typing = 0.0  # loop times
+        self._last_seen = 0.0
+        self._next_ping = 0.0
+        self._running = False
+        self._refusal: tuple[int, str] | None = None  # a close() that came before run()
+        self._pump: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        # Set by run()
+        self._room: Room
+        self._connection: Connection
+        self._transport: asyncio.Transport
+        self._drain: Callable[[], Awaitable[None]]
+
+    # -- life --------------------------------------------------------------------------------------
+
+    async def seek(self, room: Room, after: int | None) -> None:
+        """Set the cursor to where the client starts: before the last messages, or at `after`.
+
+        Raises `Unavailable`.
+        """
+        self._room = room
+        if after is None:
+            self._cursor = room.history_cursor()
+            return
+        if after > room.head:  # the room may be behind the log
+            await room.reach(await self._hub.newest_id(self.channel_id))
+        # Beyond the newest row there is nothing, its rows were deleted; new ones have greater ids.
+        self._cursor = min(after, room.head)
+        if room.since(self._cursor) is None:
+            oldest = await self._hub.replay_start(self.channel_id, self._cursor, room.head)
+            if oldest is not None:
+                self._cursor, self._gap = oldest, True
+
+    async def run(
+        self, connection: Connection, transport: asyncio.Transport, drain: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Serve the connection until it ends. `drain` waits until the transport's buffer is low."""
+        self._connection, self._transport, self._drain = connection, transport, drain
+        self._running = True
+        transport.set_write_buffer_limits(high=BUFFER_LIMIT)
+        self._seen()
+        self._next_ping = self._last_seen + random.uniform(0.5, 1.0) * self._config.ping_interval
+        try:
+            if self._refusal is not None:
+                self.close(*self._refusal)
+            self.catch_up_from(self._cursor)
+            await self.read_pump()
+        except TooSlow:
+            self.close(CloseCode.TOO_SLOW, "did not keep up")
+        except Exception:
+            logger.exception("a connection of user %d failed", self.user_id)
+            self.close(CloseCode.INTERNAL_ERROR, "internal error")
+        finally:
+            await self._end()
+
+    async def _end(self) -> None:
+        self._room.live.discard(self)
+        # What was written may still go out, a close frame say; then the descriptor is closed,
+        # whatever the peer does.
+        asyncio.get_running_loop().call_later(CLOSE_TIMEOUT, self._transport.abort)
+        tasks = [task for task in (self._pump, self._closing) if task is not None]
+        if self._pump is not None:
+            self._pump.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self.ended.set()
+
+    def close(self, code: int, reason: str) -> None:
+        """Close the connection, in the background; the first caller decides the code."""
+        if not self._running:
+            self._refusal = self._refusal or (code, reason)
+        elif self._closing is None:
+            self._room.live.discard(self)
+            self._closing = asyncio.create_task(self._close(code, reason))
+
+    async def _close(self, code: int, reason: str) -> None:
+        try:
+            await asyncio.wait_for(self._connection.close(code=code, message=reason.encode()), CLOSE_TIMEOUT)
+        except asyncio.TimeoutError:
+            logger.info("user %d did not close within %s s: aborted", self.user_id, CLOSE_TIMEOUT)
+            self._transport.abort()
+
+    def abort(self) -> None:
+        """End the connection at once: the peer is dead."""
+        if self._running:
+            self._transport.abort()
+
+    def check(self, now: float, unix_time: float) -> None:
+        """Ping if it is time to; end a connection that is dead or whose token has expired."""
+        if not self._running or self._closing is not None:
+            return
+        if unix_time >= self.expires_at:
+            self.close(CloseCode.TOKEN_EXPIRED, "the token has expired")
+        elif now - self._last_seen > self._config.pong_timeout:
+            logger.info("user %d has not answered for %s s: aborted", self.user_id, self._config.pong_timeout)
+            self.abort()
+        elif now >= self._next_ping:
+            self._next_ping = now + self._config.ping_interval
+            if not self._full():
+                self.write(PING_FRAME)
+
+    # -- from the client ---------------------------------------------------------------------------
+
+    async def read_pump(self) -> None:
+        """Take frames until the connection ends."""
+        while True:
+            await self._room_to_answer()
+            frame = await self._connection.receive()
+            self._seen()
+            if frame.type is aiohttp.WSMsgType.TEXT:
+                self._receive(frame.data)
+            elif frame.type is aiohttp.WSMsgType.BINARY:
+                self._send_error(InvalidFrame("binary frames are not understood: send text frames"))
+            elif frame.type is aiohttp.WSMsgType.PING:
+                await self._connection.pong(frame.data)
+            elif frame.type is not aiohttp.WSMsgType.PONG:
+                return
+
+    def _receive(self, text: str) -> None:
+        try:
+            frame = parse(text)
+            if isinstance(frame, IncomingMessage):
+                self._on_message(frame)
+            elif isinstance(frame, IncomingTyping):
+                self._on_typing()
+            elif isinstance(frame, IncomingAuth):
+                self._on_auth(frame)
+        except ChatError as exc:
+            self._send_error(exc, nonce_of(text))
+
+    def _on_message(self, frame: IncomingMessage) -> None:
+        self._writer.submit(NewMessage(self.channel_id, self.user_id, frame.content, frame.nonce), self)
+        self._in_flight += 1
+
+    def _on_typing(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now >= self._next_typing:
+            self._next_typing = now + TYPING_INTERVAL
+            self._room.tell_others(self, encode(OutgoingTyping(self.user_id, self.channel_id)))
+
+    def _on_auth(self, frame: IncomingAuth) -> None:
+        identity = verify_token(frame.token, self._config)
+        if identity.user_id != self.user_id:
+            raise Unauthorized("the token is of another user: open another connection for them")
+        self.expires_at = identity.expires_at
+
+    async def _room_to_answer(self) -> None:
+        """Wait while too much of this client is under way: messages to the database, or answers to it."""
+        while self._in_flight >= self._config.max_in_flight:
+            self._slot_free = asyncio.get_running_loop().create_future()
+            await self._slot_free
+        if self._full():
+            await self._drained()
+
+    def _seen(self) -> None:
+        self._last_seen = asyncio.get_running_loop().time()
+
+    # -- answers to its own messages, from the writer ----------------------------------------------
+
+    def stored(self, message: OutgoingMessage, nonce: str | None) -> None:
+        """The message is committed."""
+        self._settle()
+        if self.v1:
+            self.write(encode(AckFrame(nonce, message.message_id, message.created_at)))
+
+    def refused(self, error: ChatError, nonce: str | None) -> None:
+        """The message is not stored, or not known to be."""
+        self._settle()
+        self._send_error(error, nonce)
+
+    def _settle(self) -> None:
+        self._in_flight -= 1
+        if self._slot_free is not None and not self._slot_free.done():
+            self._slot_free.set_result(None)
+
+    def _send_error(self, error: ChatError, nonce: str | None = None) -> None:
+        self.write(encode(ErrorFrame(error.code, str(error), nonce)))
+
+    # -- to the client -----------------------------------------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        """Hand whole frames to the transport, unless the connection is closing."""
+        if self._closing is None and not self._transport.is_closing():
+            self._transport.write(data)
+
+    def deliver(self, blob: bytes, frames: Sequence[LogFrame]) -> bool:
+        """Give a live client what was committed; false if it lags. `blob` is all `frames`, joined."""
+        if self._transport.is_closing():
+            return True
+        if self._full():
+            return False
+        if self.own:
+            blob = self._others(frames)
+        self._transport.write(blob)
+        return True
+
+    def _others(self, frames: Sequence[LogFrame]) -> bytes:
+        """Frames without the client's own ones, and forget those: the cursor passes them."""
+        blob = b"".join(data for message_id, data in frames if message_id not in self.own)
+        newest = frames[-1][0]
+        self.own = {message_id for message_id in self.own if message_id > newest}
+        return blob
+
+    def _full(self) -> bool:
+        # uvloop raises where a closed transport is asked for its size.
+        return not self._transport.is_closing() and self._transport.get_write_buffer_size() > BUFFER_LIMIT
+
+    def catch_up_from(self, cursor: int) -> None:
+        """Become live by way of the log: at once if the rest is at hand, else through `write_pump`."""
+        self._cursor = cursor
+        if self._transport.is_closing() or self._closing is not None:
+            return
+        if not self._full() and (frames := self._room.since(cursor)) is not None:
+            self._send(frames, self._room.head)
+            self._go_live()
+        else:
+            self._pump = asyncio.create_task(self.write_pump())
+
+    async def write_pump(self) -> None:
+        """Send what follows the cursor, as fast as the client reads, until it is live."""
+        try:
+            while True:
+                await self._drained()
+                if self._transport.is_closing() or self._closing is not None:
+                    return
+                if (frames := self._room.since(self._cursor)) is not None:
+                    self._send(frames, self._room.head)
+                    self._go_live()  # no await since the look at the head: nothing can be missed
+                    return
+                try:
+                    frames, cursor = await self._room.read(self._cursor)
+                except Unavailable as exc:
+                    logger.warning("a client cannot catch up yet: %s", exc)
+                    await asyncio.sleep(RETRY_DELAY)
+                else:
+                    self._send(frames, cursor)
+        except TooSlow:
+            self.close(CloseCode.TOO_SLOW, "did not keep up")
+
+    def _send(self, frames: Sequence[LogFrame], cursor: int) -> None:
+        if frames:
+            self.write(self._others(frames))
+        self._cursor = cursor
+
+    def _go_live(self) -> None:
+        if not self._ready:
+            self._ready = True
+            if self.v1:
+                self.write(encode(ReadyFrame(self.channel_id, self.user_id, self._room.head, self._gap)))
+        self._room.live.add(self)
+
+    async def _drained(self) -> None:
+        """Wait until the client has read most of what was written. Raises `TooSlow`."""
+        while self._full():
+            before = self._transport.get_write_buffer_size()
+            try:
+                await asyncio.wait_for(self._drain(), self._config.write_timeout)
+            except ConnectionError:
+                return
+            except asyncio.TimeoutError:
+                if self._full() and self._transport.get_write_buffer_size() >= before:  # not even slowly
+                    raise TooSlow from None

@@ -1,0 +1,101 @@
+"""Every setting, with its default, unit and environment variable."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from tollerchat.errors import ConfigError
+
+__all__ = ("Config",)
+
+
+def _setting(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a server. The environment variable of a setting is its name in capitals.
+
+    Raises `ConfigError`, one line that names the remedy, where a value is wrong.
+    """
+
+    # Required
+    db_url: str = _setting("", "PostgreSQL URL or libpq connection string")
+    jwt_secret: str = dataclasses.field(
+        default="", repr=False, metadata={"help": "key that tokens are verified with"}
+    )
+
+    # Where it listens
+    host: str = _setting("127.0.0.1", "address to listen on")
+    port: int = _setting(8080, "TCP port; 0 takes a free one", low=0, high=65535)
+
+    # Who may connect
+    jwt_algorithms: tuple[str, ...] = _setting(("HS256",), "accepted algorithms, comma-separated")
+    allowed_origins: tuple[str, ...] = _setting(
+        (), "browser origins that may connect, comma-separated; none: the server's own; *: all"
+    )
+
+    # Limits
+    max_frame_size: int = _setting(8192, "bytes of one frame from a client", low=256, high=1 << 20)
+    history_size: int = _setting(50, "messages sent on connect", low=1, high=200)
+    max_replay: int = _setting(10_000, "messages sent at most for ?after=", low=1)
+    max_in_flight: int = _setting(32, "messages of one client that wait for the database", low=1)
+    max_pending: int = _setting(20_000, "messages of all clients that wait for the database", low=1)
+
+    # Timeouts, in seconds
+    ping_interval: float = _setting(54.0, "seconds between pings to a client", low=0.05)
+    pong_timeout: float = _setting(60.0, "seconds without a sign of life after which a client is dead", low=0.05)
+    write_timeout: float = _setting(10.0, "seconds a client may read nothing before it is closed", low=0.05)
+    db_timeout: float = _setting(5.0, "seconds for one query or connection attempt", low=0.1)
+    store_timeout: float = _setting(8.0, "seconds a message is tried again while the database is away", low=0.1)
+    shutdown_timeout: float = _setting(10.0, "seconds for a graceful shutdown", low=0.1)
+
+    # Database
+    db_pool_size: int = _setting(8, "connections for reading, beside one for writing and one to listen", low=1)
+
+    # Embedded PostgreSQL
+    data_dir: str = _setting(".tollerchat", "directory of the embedded PostgreSQL, used without DB_URL")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, low, high = getattr(self, field.name), field.metadata.get("low"), field.metadata.get("high")
+            too_low = low is not None and not value >= low  # `not >=`, so that NaN is refused too
+            if too_low or (high is not None and not value <= high):
+                bounds = f"at least {low}" if high is None else f"{low} to {high}"
+                raise ConfigError(f"{field.name.upper()} is {value}: it must be {bounds}")
+        if "none" in (name.strip().lower() for name in self.jwt_algorithms) or not self.jwt_algorithms:
+            raise ConfigError('JWT_ALGORITHMS must name at least one algorithm, and never "none": use HS256')
+        if self.pong_timeout <= self.ping_interval:
+            raise ConfigError(
+                f"PONG_TIMEOUT is {self.pong_timeout}: it must be greater than PING_INTERVAL ({self.ping_interval})"
+            )
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> "Config":
+        """Read the settings from environment variables; empty ones count as not set."""
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            if text := environ.get(field.name.upper(), "").strip():
+                values[field.name] = _parse(field.name.upper(), text, field.default)
+        return cls(**values)
+
+    def require(self) -> None:
+        """Raise `ConfigError` unless both settings are there that have no default."""
+        if not self.db_url:
+            raise ConfigError('DB_URL is not set: export DB_URL="postgresql://user@host/database"')
+        if not self.jwt_secret:
+            raise ConfigError('JWT_SECRET is not set: export JWT_SECRET="$(openssl rand -hex 32)"')
+
+
+def _parse(name: str, text: str, default: object) -> object:
+    if isinstance(default, tuple):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if isinstance(default, str):
+        return text
+    kind, what = (int, "a whole number") if isinstance(default, int) else (float, "a number of seconds")
+    try:
+        return kind(text)
+    except ValueError:
+        raise ConfigError(f"{name} is {text!r}: it must be {what}, for example {name}={default}") from None

@@ -1,0 +1,92 @@
+"""Domain exceptions: what can go wrong in a chat, each with its code on the wire (docs/protocol.md)."""
+
+from typing import ClassVar
+
+__all__ = (
+    "BadRequest",
+    "ChatError",
+    "ConfigError",
+    "EmptyContent",
+    "Forbidden",
+    "InvalidContent",
+    "InvalidFrame",
+    "InvalidJson",
+    "InvalidNonce",
+    "NonceConflict",
+    "NotFound",
+    "TooSlow",
+    "Unauthorized",
+    "Unavailable",
+    "UnknownType",
+)
+
+
+class ConfigError(Exception):
+    """A setting is missing or wrong; the text is one line and names the remedy."""
+
+
+class TooSlow(Exception):
+    """A client has not read anything for the whole write timeout."""
+
+
+class ChatError(Exception):
+    """A request or frame that is refused; `str()` is the message shown to the client."""
+
+    code: ClassVar[str] = "internal"
+
+
+class BadRequest(ChatError):
+    code = "bad_request"
+
+
+class Unauthorized(ChatError):
+    code = "unauthorized"
+
+
+class Forbidden(ChatError):
+    code = "forbidden"
+
+
+class NotFound(ChatError):
+    code = "not_found"
+
+
+class Unavailable(ChatError):
+    """The database or the server cannot serve this now.
+
+    `sent` is true where a query may have reached the database and its answer was lost.
+    """
+
+    code = "unavailable"
+
+    def __init__(self, message: str, *, sent: bool = False) -> None:
+        super().__init__(message)
+        self.sent = sent
+
+
+class NonceConflict(ChatError):
+    code = "nonce_conflict"
+
+
+class InvalidJson(ChatError):
+    code = "invalid_json"
+
+
+class InvalidFrame(ChatError):
+    code = "invalid_frame"
+
+
+class UnknownType(ChatError):
+    code = "unknown_type"
+
+
+class EmptyContent(ChatError):
+    code = "empty_content"
+
+
+class InvalidContent(ChatError):
+    code = "invalid_content"
+
+
+class InvalidNonce(ChatError):
+    code = "invalid_nonce"

@@ -1,0 +1,178 @@
+"""`Hub`: the rooms of this server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from tollerchat.config import Config
+from tollerchat.errors import NotFound, Unavailable
+from tollerchat.protocol import CloseCode, OutgoingMessage
+from tollerchat.repository import Repository
+from tollerchat.room import Room
+
+if TYPE_CHECKING:
+    from tollerchat.client import Client
+
+__all__ = ("Hub",)
+
+logger = logging.getLogger("tollerchat.hub")
+
+
+class Hub:
+    """Who is connected to which channel. The lock guards `rooms`; nothing is awaited while it is held."""
+
+    def __init__(self, config: Config, repository: Repository) -> None:
+        self.rooms: dict[int, Room] = {}
+        self.draining = False
+        self._config = config
+        self._repository = repository
+        self._lock = asyncio.Lock()
+
+    # -- membership --------------------------------------------------------------------------------
+
+    async def register(self, client: Client) -> Room:
+        """Put a client into its room, which has its latest messages at hand then.
+
+        Raises `Unavailable`. Pair it with `unregister`, in a `finally`.
+        """
+        async with self._lock:
+            if self.draining:
+                raise Unavailable("the server is shutting down: connect again")
+            room = self.rooms.get(client.channel_id)
+            if room is None:
+                room = Room(client.channel_id, self._repository, self._config.history_size)
+                self.rooms[client.channel_id] = room
+            room.clients.add(client)
+        await room.load()
+        return room
+
+    async def unregister(self, client: Client) -> None:
+        """Take a client out of its room; harmless if it is not in one."""
+        async with self._lock:
+            room = self.rooms.get(client.channel_id)
+            if room is None:
+                return
+            room.clients.discard(client)
+            room.live.discard(client)
+            if room.clients:
+                return
+            del self.rooms[client.channel_id]
+        await room.close()
+
+    # -- what happens in the log -------------------------------------------------------------------
+
+    def begin_commit(self, channel_ids: Iterable[int]) -> list[Room]:
+        """Messages of these channels are on their way to the database; pair it with `end_commit`."""
+        rooms = [room for channel_id in channel_ids if (room := self.rooms.get(channel_id)) is not None]
+        for room in rooms:
+            room.begin_commit()
+        return rooms
+
+    def end_commit(self, rooms: Iterable[Room]) -> None:
+        """The database has answered, and the answer was dealt with."""
+        for room in rooms:
+            room.end_commit()
+
+    def broadcast(self, channel_id: int, previous: int, messages: Sequence[OutgoingMessage]) -> None:
+        """Give committed messages, in id order, to all clients of the channel but their senders.
+
+        `previous` is the id that the channel had before them.
+        """
+        if room := self.rooms.get(channel_id):
+            room.commit(previous, messages)
+
+    async def newest_id(self, channel_id: int) -> int:
+        """The newest message id of a channel in the log. Raises `Unavailable`."""
+        return (await self._repository.newest_ids([channel_id]))[channel_id]
+
+    async def replay_start(self, channel_id: int, after: int, until: int) -> int | None:
+        """Where a replay starts that would be too long otherwise, else None. Raises `Unavailable`."""
+        return await self._repository.nth_newest_id(channel_id, after, until, self._config.max_replay)
+
+    def hint(self, channel_id: int, message_id: int) -> None:
+        """Somebody says that a channel's log has grown to `message_id`."""
+        if room := self.rooms.get(channel_id):
+            room.hint(message_id)
+
+    async def compare_with_log(self) -> None:
+        """Find what no hint told: compare all rooms with the log. Raises `Unavailable`."""
+        if self.rooms:
+            for channel_id, newest in (await self._repository.newest_ids(self.rooms)).items():
+                self.hint(channel_id, newest)
+
+    def forget(self, channel_id: int) -> None:
+        """Messages of a channel were deleted or changed."""
+        if room := self.rooms.get(channel_id):
+            room.forget()
+
+    # -- who may stay ------------------------------------------------------------------------------
+
+    def channel_deleted(self, channel_id: int) -> None:
+        """Close all connections of a channel that is gone."""
+        if room := self.rooms.get(channel_id):
+            for client in room.clients:
+                client.close(CloseCode.CHANNEL_DELETED, "the channel was deleted")
+
+    def user_deleted(self, user_id: int) -> None:
+        """Close all connections of a user who is gone."""
+        for client in self._clients():
+            if client.user_id == user_id:
+                client.close(CloseCode.ACCESS_WITHDRAWN, "the user was deleted")
+
+    async def check_access(self, channel_id: int) -> None:
+        """Close the connections of those who may not be in a channel any more. Raises `Unavailable`."""
+        if (room := self.rooms.get(channel_id)) is None:
+            return
+        users = {client.user_id for client in room.clients}
+        try:
+            withdrawn = users - await self._repository.allowed_users(channel_id, users)
+        except NotFound:
+            self.channel_deleted(channel_id)
+            return
+        for client in room.clients:
+            if client.user_id in withdrawn:
+                client.close(CloseCode.ACCESS_WITHDRAWN, "access to the channel was withdrawn")
+
+    async def check_all_access(self) -> None:
+        """Find what no notification told: who may not stay. Raises `Unavailable`."""
+        for channel_id in list(self.rooms):
+            await self.check_access(channel_id)
+
+    # -- all clients -------------------------------------------------------------------------------
+
+    async def keep_alive(self) -> None:
+        """Ping clients, drop dead ones, close those whose token has expired; until cancelled.
+
+        One task for all: a timer for each would cost more than the rest of an idle connection.
+        """
+        loop = asyncio.get_running_loop()
+        tick = min(1.0, self._config.ping_interval / 4)
+        while True:
+            await asyncio.sleep(tick)
+            for client in self._clients():
+                client.check(loop.time(), time.time())
+
+    def start_draining(self) -> None:
+        """Let nobody in any more."""
+        self.draining = True
+
+    async def close_all(self, timeout: float) -> None:
+        """Close all connections, in parallel, and return when they are gone; after `timeout`, abort."""
+        clients = self._clients()
+        for client in clients:
+            client.close(CloseCode.GOING_AWAY, "the server is going away")
+        waiting = [asyncio.ensure_future(client.ended.wait()) for client in clients]
+        if waiting:
+            _, stuck = await asyncio.wait(waiting, timeout=timeout)
+            for client in clients:
+                if not client.ended.is_set():
+                    client.abort()
+            for waiter in stuck:
+                waiter.cancel()
+
+    def _clients(self) -> list[Client]:
+        return [client for room in self.rooms.values() for client in room.clients]

@@ -1,0 +1,338 @@
+"""All SQL of the package, raw, through aiopg."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from importlib import resources
+from typing import Any, NamedTuple
+
+import aiopg
+import msgspec
+import psycopg2
+
+from tollerchat.config import Config
+from tollerchat.errors import ChatError, Forbidden, InvalidContent, NonceConflict, NotFound, Unavailable
+from tollerchat.protocol import OutgoingMessage
+
+__all__ = ("NewMessage", "Repository", "SaveResult", "Saved", "apply_schema", "connect", "read_schema")
+
+logger = logging.getLogger("tollerchat.repository")
+
+# First key of the advisory locks, the second is the channel ("toll" in ASCII; schema.sql has it too).
+LOCK_KEY = 0x746F6C6C
+
+# Rows that came from elsewhere may lack a user or a time: the seed's columns are nullable.
+_COLUMNS = """content, coalesce(user_id, 0), channel_id, id,
+    to_char(coalesce(created_at, 'epoch') AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
+
+_LAST = f"SELECT {_COLUMNS} FROM messages WHERE channel_id = %s AND id <= %s ORDER BY id DESC LIMIT %s"
+_AFTER = f"SELECT {_COLUMNS} FROM messages WHERE channel_id = %s AND id > %s AND id <= %s ORDER BY id LIMIT %s"
+_NTH_NEWEST = """
+    SELECT id FROM messages WHERE channel_id = %s AND id > %s AND id <= %s
+    ORDER BY id DESC OFFSET %s LIMIT 1"""
+_NEWEST = """
+    SELECT channel_id, (SELECT max(id) FROM messages WHERE messages.channel_id = asked.channel_id)
+    FROM unnest(%s::int[]) AS asked (channel_id)"""
+_ACCESS = """
+    SELECT users.id IS NOT NULL, NOT channels.is_private OR channel_users.user_id IS NOT NULL
+    FROM channels
+    LEFT JOIN users ON users.id = %(user_id)s
+    LEFT JOIN channel_users ON channel_users.channel_id = channels.id AND channel_users.user_id = users.id
+    WHERE channels.id = %(channel_id)s"""
+_ALLOWED = """
+    SELECT users.id FROM channels
+    LEFT JOIN users ON users.id = ANY (%s::int[]) AND (NOT channels.is_private OR EXISTS (
+        SELECT FROM channel_users
+        WHERE channel_users.channel_id = channels.id AND channel_users.user_id = users.id))
+    WHERE channels.id = %s"""
+
+# One round trip for a batch, and one transaction: first the locks, in sorted order; then, in a statement
+# of its own so that its snapshot has all that was committed under those locks, the rows.
+_SAVE = f"""
+    SELECT pg_advisory_xact_lock({LOCK_KEY}, channel_id) FROM unnest(%s::int[]) AS sorted (channel_id);
+    EXECUTE tollerchat_save (%s)"""
+
+# The ids are taken here and not by the column's default, so that each row of the answer knows its own.
+# `previous` (once per channel) is what the channel had before: main queries do not see what CTEs insert.
+_PREPARE_SAVE = """
+    SET tollerchat.writer = 'on';
+    SET lock_timeout = '500ms';
+    SET plan_cache_mode = force_generic_plan;
+    SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off;
+    PREPARE tollerchat_save (json) AS
+    WITH moment AS MATERIALIZED (SELECT clock_timestamp() AS now),
+    incoming AS MATERIALIZED (
+        SELECT n, new.channel_id, new.user_id, new.content, new.nonce,
+            channels.id IS NOT NULL AS channel_exists, users.id IS NOT NULL AS user_exists,
+            old.id AS old_id, old.content AS old_content, old.created_at AS old_created_at,
+            CASE WHEN old.id IS NULL AND channels.id IS NOT NULL AND users.id IS NOT NULL
+                THEN nextval(%(sequence)s::regclass) END AS id
+        FROM ROWS FROM (
+            json_to_recordset($1) AS (channel_id int, user_id int, content text, nonce text)
+        ) WITH ORDINALITY AS new (channel_id, user_id, content, nonce, n)
+        LEFT JOIN channels ON channels.id = new.channel_id
+        LEFT JOIN users ON users.id = new.user_id
+        LEFT JOIN messages AS old
+            ON old.channel_id = new.channel_id AND old.user_id = new.user_id AND old.nonce = new.nonce
+        ORDER BY n
+    ),
+    stored AS (
+        INSERT INTO messages (id, channel_id, user_id, content, nonce, created_at)
+        SELECT id, channel_id, user_id, content, nonce, (SELECT now FROM moment)
+        FROM incoming WHERE id IS NOT NULL ORDER BY id
+    )
+    SELECT id, old_id, old_content, channel_exists, user_exists,
+        CASE WHEN old_id IS NOT NULL
+            THEN to_char(old_created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
+            ELSE (SELECT to_char(now AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') FROM moment) END,
+        CASE WHEN row_number() OVER (PARTITION BY channel_id ORDER BY n) = 1
+            THEN coalesce((SELECT max(messages.id) FROM messages
+                WHERE messages.channel_id = incoming.channel_id), 0) END
+    FROM incoming ORDER BY n"""
+
+
+# What the server may say about single rows of a batch: a foreign key, a check, a trigger, an encoding.
+_ROW_REFUSALS = (psycopg2.DataError, psycopg2.IntegrityError, psycopg2.errors.RaiseException)
+_REFUSALS = (*_ROW_REFUSALS, psycopg2.errors.LockNotAvailable)
+
+
+class NewMessage(msgspec.Struct, gc=False):
+    """A message that is to be stored."""
+
+    channel_id: int
+    user_id: int
+    content: str
+    nonce: str | None = None
+
+
+class Saved(NamedTuple):
+    """A committed message; `repeated` if it was stored by an earlier call, under the same nonce."""
+
+    message: OutgoingMessage
+    repeated: bool
+
+
+SaveResult = Saved | ChatError
+
+
+def connect(config: Config, timeout: float) -> Any:
+    """An aiopg connection outside the pools, as an awaitable context manager."""
+    return aiopg.connect(config.db_url, timeout=timeout, **_CONNECT)
+
+
+_CONNECT: Any = {
+    # psycopg2's extra types would cost a query on each connect.
+    "enable_json": False,
+    "enable_hstore": False,
+    "enable_uuid": False,
+    "application_name": "tollerchat",
+}
+
+
+class Repository:
+    """Messages, channels and users in PostgreSQL. Every method raises `Unavailable` within a bounded time."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._readers: aiopg.Pool | None = None
+        self._writer: aiopg.Pool | None = None
+
+    async def open(self) -> None:
+        """Make the pools. They connect when first used: a database that is away now may come back."""
+
+        async def prepare(conn: aiopg.Connection) -> None:
+            try:
+                async with conn.cursor() as cursor:
+                    await cursor.execute("SELECT pg_get_serial_sequence('messages', 'id')")
+                    (sequence,) = await cursor.fetchone()
+                    await cursor.execute(_PREPARE_SAVE, {"sequence": sequence})
+            except BaseException:
+                conn.close()  # the pool forgets a connection whose preparation failed
+                raise
+
+        self._readers = await self._pool(self._config.db_pool_size)
+        self._writer = await self._pool(1, on_connect=prepare)
+
+    async def _pool(self, size: int, on_connect: Callable[..., Awaitable[None]] | None = None) -> aiopg.Pool:
+        return await aiopg.create_pool(
+            self._config.db_url,
+            minsize=0,
+            maxsize=size,
+            timeout=self._config.db_timeout,
+            on_connect=on_connect,
+            **_CONNECT,
+        )
+
+    async def close(self) -> None:
+        for pool in (self._readers, self._writer):
+            if pool is not None:
+                pool.terminate()  # close() alone would wait for a database that does not answer
+                await pool.wait_closed()
+
+    # -- channels and users ------------------------------------------------------------------------
+
+    async def check_access(self, channel_id: int, user_id: int) -> None:
+        """Raise `NotFound` without such a channel, `Forbidden` if the user may not join it."""
+        rows = await self._read(_ACCESS, {"channel_id": channel_id, "user_id": user_id})
+        if not rows:
+            raise NotFound(f"channel {channel_id} does not exist")
+        user_exists, may_join = rows[0]
+        if not user_exists:
+            raise Forbidden(f"user {user_id} does not exist")
+        if not may_join:
+            raise Forbidden(f"channel {channel_id} is private and user {user_id} is not a member")
+
+    async def allowed_users(self, channel_id: int, user_ids: Iterable[int]) -> set[int]:
+        """Those of `user_ids` that may be in the channel. Raises `NotFound` without such a channel."""
+        rows = await self._read(_ALLOWED, (list(user_ids), channel_id))
+        if not rows:
+            raise NotFound(f"channel {channel_id} does not exist")
+        return {user_id for (user_id,) in rows if user_id is not None}
+
+    async def ping(self) -> None:
+        """Raise `Unavailable` unless the database answers and has our tables."""
+        await self._read("SELECT FROM messages, channels, users, channel_users LIMIT 0", ())
+
+    # -- reading the log ---------------------------------------------------------------------------
+
+    async def load_last_messages(self, channel_id: int, until: int, limit: int) -> list[OutgoingMessage]:
+        """The newest `limit` messages with an id of at most `until`, oldest first."""
+        rows = await self._read(_LAST, (channel_id, until, limit))
+        return [OutgoingMessage(*row) for row in reversed(rows)]
+
+    async def load_messages_after(
+        self, channel_id: int, after: int, until: int, limit: int
+    ) -> list[OutgoingMessage]:
+        """The first `limit` messages with `after` < id <= `until`, oldest first."""
+        rows = await self._read(_AFTER, (channel_id, after, until, limit))
+        return [OutgoingMessage(*row) for row in rows]
+
+    async def nth_newest_id(self, channel_id: int, after: int, until: int, n: int) -> int | None:
+        """The id of the message that has exactly `n` newer ones among `after` < id <= `until`, if any."""
+        rows = await self._read(_NTH_NEWEST, (channel_id, after, until, n))
+        return rows[0][0] if rows else None
+
+    async def newest_ids(self, channel_ids: Iterable[int]) -> dict[int, int]:
+        """The newest message id of each channel, 0 for an empty one."""
+        rows = await self._read(_NEWEST, (list(channel_ids),))
+        return {channel_id: newest or 0 for channel_id, newest in rows}
+
+    async def _read(self, sql: str, parameters: Any) -> list[tuple[Any, ...]]:
+        # After a restart of the database, pooled connections are dead and only tell when used.
+        for _ in range(self._config.db_pool_size):
+            try:
+                return await self._execute(self._readers, sql, parameters)
+            except Unavailable as exc:
+                if not exc.sent or isinstance(exc.__cause__, asyncio.TimeoutError):
+                    raise
+        return await self._execute(self._readers, sql, parameters)
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    async def save_message(self, message: NewMessage) -> OutgoingMessage:
+        """Store one message and return it as committed. Raises what `save_messages` returns."""
+        (result,), _ = await self.save_messages([message])
+        if isinstance(result, ChatError):
+            raise result
+        return result.message
+
+    async def save_messages(self, batch: Sequence[NewMessage]) -> tuple[list[SaveResult], dict[int, int]]:
+        """Store a batch in one transaction.
+
+        Returns one result per message, in order, and for each channel the newest id it had before.
+        A message that cannot be stored gets its error and leaves the others alone. A nonce that was
+        seen before gives the original message, or `NonceConflict` if the content differs; `batch`
+        must not have the same nonce of the same user and channel twice.
+        """
+        channel_ids = sorted({message.channel_id for message in batch})
+        payload = msgspec.json.encode(batch).decode()
+        try:
+            rows = await self._execute(self._writer, _SAVE, (channel_ids, payload))
+        except psycopg2.errors.LockNotAvailable:
+            # Somebody holds a channel for long, an idle transaction say: the others must not suffer.
+            if len(channel_ids) == 1:
+                return [Unavailable("the channel is locked by another transaction")] * len(batch), {}
+            return await self._save_parts(batch, lambda _, message: message.channel_id)
+        except _ROW_REFUSALS as exc:
+            if len(batch) == 1:
+                logger.warning("the database refused a message: %s", exc.pgcode)
+                return [InvalidContent("the database refused the message")], {}
+            return await self._save_parts(batch, lambda n, _: n * 2 // len(batch))
+        return _results(batch, rows)
+
+    async def _save_parts(
+        self, batch: Sequence[NewMessage], part_of: Callable[[int, NewMessage], int]
+    ) -> tuple[list[SaveResult], dict[int, int]]:
+        """Store a batch that failed as a whole in smaller parts; of one channel, in their order."""
+        parts: dict[int, list[int]] = {}
+        for n, message in enumerate(batch):
+            parts.setdefault(part_of(n, message), []).append(n)
+        results: dict[int, SaveResult] = {}
+        previous: dict[int, int] = {}
+        for numbers in parts.values():
+            part_results, part_previous = await self.save_messages([batch[n] for n in numbers])
+            results.update(zip(numbers, part_results, strict=True))
+            previous = part_previous | previous  # the first part of a channel knows what was before
+        return [results[n] for n in range(len(batch))], previous
+
+    async def _execute(self, pool: aiopg.Pool | None, sql: str, parameters: Any) -> list[tuple[Any, ...]]:
+        """Run one query. Raises `Unavailable`, or one of `_REFUSALS` as it is."""
+        assert pool is not None, "open() was not awaited"
+        conn = None
+        try:
+            async with pool.acquire() as conn, conn.cursor() as cursor:
+                await cursor.execute(sql, parameters)
+                rows: list[tuple[Any, ...]] = await cursor.fetchall()
+                return rows
+        except asyncio.CancelledError:
+            if conn is None or conn.closed:
+                raise
+            # aiopg's way to say that the server cancelled the query (statement_timeout, an operator)
+            raise Unavailable("the database cancelled the query") from None
+        except psycopg2.ProgrammingError as exc:
+            logger.error("the database refused a query: %s", exc)
+            raise Unavailable("the database is not set up: run tollerchat init-db") from exc
+        except (psycopg2.Error, OSError, asyncio.TimeoutError, AssertionError, RuntimeError) as exc:
+            answered = isinstance(exc, psycopg2.Error) and exc.pgcode is not None
+            if conn is not None and not conn.closed and answered:
+                if isinstance(exc, _REFUSALS):
+                    raise
+                raise Unavailable("the database could not run the query") from exc
+            raise Unavailable("the database is not reachable", sent=conn is not None) from exc
+
+
+def _results(
+    batch: Sequence[NewMessage], rows: Iterable[tuple[Any, ...]]
+) -> tuple[list[SaveResult], dict[int, int]]:
+    """Read the answer of `tollerchat_save`."""
+    results: list[SaveResult] = []
+    previous: dict[int, int] = {}
+    for new, row in zip(batch, rows, strict=True):
+        message_id, old_id, old_content, channel_exists, user_exists, created_at, channel_previous = row
+        if channel_previous is not None:
+            previous[new.channel_id] = channel_previous
+        if old_id is not None and old_content != new.content:
+            results.append(NonceConflict("this nonce was used for a message with other content"))
+        elif old_id is not None:
+            stored = OutgoingMessage(new.content, new.user_id, new.channel_id, old_id, created_at)
+            results.append(Saved(stored, repeated=True))
+        elif message_id is not None:
+            stored = OutgoingMessage(new.content, new.user_id, new.channel_id, message_id, created_at)
+            results.append(Saved(stored, repeated=False))
+        elif not channel_exists:
+            results.append(NotFound(f"channel {new.channel_id} does not exist"))
+        else:
+            assert not user_exists
+            results.append(NotFound(f"user {new.user_id} does not exist"))
+    return results, previous
+
+
+def read_schema() -> str:
+    """The SQL of schema.sql."""
+    return resources.files("tollerchat").joinpath("schema.sql").read_text("utf-8")
+
+
+async def apply_schema(config: Config) -> None:
+    """Apply schema.sql to `config.db_url`. Raises `psycopg2.Error`."""
+    async with connect(config, timeout=60.0) as conn, conn.cursor() as cursor:
+        await cursor.execute(read_schema())

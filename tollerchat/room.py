@@ -1,0 +1,217 @@
+"""`Room`: one channel on this server, its clients, and how far they have been told its log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING, Final
+
+from tollerchat.errors import Unavailable
+from tollerchat.protocol import MAX_BIGINT, OutgoingMessage, encode
+from tollerchat.repository import Repository
+
+if TYPE_CHECKING:
+    from tollerchat.client import Client
+
+__all__ = ("PAGE_SIZE", "LogFrame", "Room")
+
+logger = logging.getLogger("tollerchat.room")
+
+# Messages read from the log at a time: a page of the largest ones must stay well under 1 MiB.
+PAGE_SIZE: Final = 64
+
+# How much of the log is kept as encoded frames, for those who join or lag a little.
+RECENT_FRAMES: Final = 256
+RECENT_BYTES: Final = 256 * 1024
+
+RETRY_DELAY: Final = 0.5  # seconds, while the database is away
+
+LogFrame = tuple[int, bytes]  # message_id, encoded frame
+
+
+class Room:
+    """The log of one channel, as far as `head`; every live client has been given all of it.
+
+    Ids are handed out in commit order, so what follows `head` is either the next commit of this server
+    (`commit`), or was written by somebody else, who told us (`hint`): then the room reads it from the log.
+    """
+
+    def __init__(self, channel_id: int, repository: Repository, history_size: int) -> None:
+        self.channel_id = channel_id
+        self.clients: set[Client] = set()  # all connections
+        self.live: set[Client] = set()  # those whose cursor is `head`
+        self.head = 0  # the newest message id the live clients were given
+        self._recent: deque[LogFrame] = deque()  # complete for _floor < id <= head
+        self._recent_size = 0  # bytes
+        self._floor = 0
+        self._repository = repository
+        self._history_size = history_size
+        self._loaded = False
+        self._edition = 0  # counts what makes earlier readings of the log stale
+        self._loading: asyncio.Task[None] | None = None
+        self._catching_up: asyncio.Task[None] | None = None
+        self._commits_in_flight = 0
+        self._heard = 0  # the newest id announced by anybody
+        self._target = 0  # the newest id that the room may read from the log
+
+    # -- starting and ending -----------------------------------------------------------------------
+
+    async def load(self) -> None:
+        """Have the latest messages at hand: read once, for all who join meanwhile. Raises `Unavailable`."""
+        while not self._has_history():
+            if self._loading is None or self._loading.done():
+                self._loading = asyncio.create_task(self._load())
+            # One who stops waiting must not stop the load for the others.
+            await asyncio.shield(self._loading)
+
+    def _has_history(self) -> bool:
+        return self._loaded and (self._floor == 0 or len(self._recent) >= self._history_size)
+
+    async def _load(self) -> None:
+        edition = None
+        while edition != self._edition:  # what was read may have been deleted while it was read
+            edition = self._edition
+            until = self.head if self._loaded else MAX_BIGINT
+            messages = await self._repository.load_last_messages(self.channel_id, until, self._history_size)
+        frames = [(message.message_id, encode(message)) for message in messages]
+        if not self._loaded:
+            self.head = frames[-1][0] if frames else 0
+            self._loaded = True
+        elif self._floor > until:
+            return  # so much came meanwhile that the recent frames are enough by now
+        self._floor = frames[0][0] - 1 if len(frames) == self._history_size else 0
+        frames.extend(frame for frame in self._recent if frame[0] > until)
+        self._recent.clear()
+        self._recent_size = 0
+        self._remember(frames)
+        self._pursue()  # commits may have landed meanwhile
+
+    async def close(self) -> None:
+        """Stop reading the log; nobody is in the room any more."""
+        tasks = [task for task in (self._loading, self._catching_up) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -- how the log grows -------------------------------------------------------------------------
+
+    def begin_commit(self) -> None:
+        """A commit of this server is on its way: the log is not to be read past it before its answer."""
+        self._commits_in_flight += 1
+
+    def end_commit(self) -> None:
+        """The answer has been dealt with."""
+        self._commits_in_flight -= 1
+        self._pursue()
+
+    def commit(self, previous: int, messages: Sequence[OutgoingMessage]) -> None:
+        """Take what this server committed, in id order; `previous` is the id the channel had before."""
+        if self._loaded and previous <= self.head:
+            self._extend(messages)
+        self._target = max(self._target, messages[-1].message_id)
+        self._pursue()
+
+    def hint(self, message_id: int) -> None:
+        """Somebody says that the log has grown to `message_id`. May be late, doubled or out of order."""
+        self._heard = max(self._heard, message_id)
+        self._pursue()
+
+    def forget(self) -> None:
+        """Messages were deleted or changed: do not send the old ones from memory."""
+        self._edition += 1
+        self._recent.clear()
+        self._recent_size = 0
+        self._floor = self.head
+
+    async def reach(self, message_id: int) -> None:
+        """Catch up with the log as far as `message_id`, where the log has it."""
+        self.hint(message_id)
+        if self._catching_up is not None:
+            await asyncio.shield(self._catching_up)
+
+    def _pursue(self) -> None:
+        # A hint may be of a commit in flight, whose frames its sender must not get. After the answer
+        # each sender knows its own, so only then is the hint a target.
+        if not self._commits_in_flight:
+            self._target = max(self._target, self._heard)
+        if self._loaded and self._target > self.head and self._catching_up is None:
+            self._catching_up = asyncio.create_task(self._catch_up())
+
+    async def _catch_up(self) -> None:
+        try:
+            while self.head < self._target:
+                target = self._target
+                try:
+                    messages = await self._repository.load_messages_after(
+                        self.channel_id, self.head, target, PAGE_SIZE
+                    )
+                except Unavailable as exc:
+                    logger.warning("channel %d cannot catch up yet: %s", self.channel_id, exc)
+                    await asyncio.sleep(RETRY_DELAY)
+                    continue
+                self._extend(messages)
+                if len(messages) < PAGE_SIZE:
+                    self.head = max(self.head, target)  # the rest was deleted before we read it
+        finally:
+            self._catching_up = None
+
+    def _extend(self, messages: Sequence[OutgoingMessage]) -> None:
+        """Move the head: one blob for all live clients."""
+        frames = [(m.message_id, encode(m)) for m in messages if m.message_id > self.head]
+        if not frames:
+            return
+        before, self.head = self.head, frames[-1][0]
+        self._remember(frames)
+        blob = b"".join(data for _, data in frames)
+        lagging = []
+        for client in self.live:
+            try:
+                if not client.deliver(blob, frames):
+                    lagging.append(client)
+            except Exception:  # the rows are stored: one bad connection must not keep them from the others
+                logger.exception("channel %d: a connection failed and was aborted", self.channel_id)
+                client.abort()
+        for client in lagging:
+            self.live.discard(client)
+            client.catch_up_from(before)
+
+    def _remember(self, frames: Sequence[LogFrame]) -> None:
+        self._recent.extend(frames)
+        self._recent_size += sum(len(data) for _, data in frames)
+        while len(self._recent) > RECENT_FRAMES or (
+            self._recent_size > RECENT_BYTES and len(self._recent) > self._history_size
+        ):
+            self._floor, data = self._recent.popleft()
+            self._recent_size -= len(data)
+
+    # -- reading it --------------------------------------------------------------------------------
+
+    def history_cursor(self) -> int:
+        """The cursor of one who joins: just before the last messages."""
+        if len(self._recent) < self._history_size:
+            return self._floor
+        return self._recent[-self._history_size][0] - 1
+
+    def since(self, cursor: int) -> list[LogFrame] | None:
+        """What follows `cursor`, up to `head`, if it is at hand."""
+        if cursor < self._floor:
+            return None
+        frames = list(takewhile(lambda frame: frame[0] > cursor, reversed(self._recent)))
+        frames.reverse()
+        return frames
+
+    async def read(self, cursor: int) -> tuple[list[LogFrame], int]:
+        """A page of what follows `cursor`, from the log, and the cursor after it. Raises `Unavailable`."""
+        until = self.head
+        messages = await self._repository.load_messages_after(self.channel_id, cursor, until, PAGE_SIZE)
+        frames = [(message.message_id, encode(message)) for message in messages]
+        return frames, frames[-1][0] if len(frames) == PAGE_SIZE else until
+
+    def tell_others(self, sender: Client, data: bytes) -> None:
+        """Pass a frame that is not stored to all live clients but its sender."""
+        for client in self.live:
+            if client is not sender:
+                client.write(data)

@@ -1,0 +1,155 @@
+-- Tables, indexes and triggers of tollerchat, for PostgreSQL 14 and later.
+-- May be applied any number of times, also to a database that has the tables of the original Toller-Chat.
+
+BEGIN;
+
+-- One application at a time: the rest would wait for the table locks anyway, and could deadlock on them.
+SELECT pg_advisory_xact_lock(1953459308, 0);
+
+CREATE TABLE IF NOT EXISTS users (
+    id          SERIAL PRIMARY KEY,
+    username    TEXT NOT NULL,
+    created_at  TIMESTAMPTZ DEFAULT CURRENT_TIMESTAMP
+);
+
+CREATE TABLE IF NOT EXISTS channels (
+    id          SERIAL PRIMARY KEY,
+    name        TEXT NOT NULL,
+    is_private  BOOLEAN NOT NULL DEFAULT false,
+    created_at  TIMESTAMPTZ DEFAULT CURRENT_TIMESTAMP
+);
+
+CREATE TABLE IF NOT EXISTS channel_users (
+    user_id     INT NOT NULL REFERENCES users (id) ON DELETE CASCADE,
+    channel_id  INT NOT NULL REFERENCES channels (id) ON DELETE CASCADE,
+    role        TEXT NOT NULL DEFAULT 'member',
+    PRIMARY KEY (channel_id, user_id)
+);
+
+CREATE TABLE IF NOT EXISTS messages (
+    id          BIGSERIAL PRIMARY KEY,
+    channel_id  INT REFERENCES channels (id) ON DELETE CASCADE,
+    user_id     INT REFERENCES users (id) ON DELETE CASCADE,
+    content     TEXT NOT NULL,
+    created_at  TIMESTAMPTZ DEFAULT CURRENT_TIMESTAMP,
+    nonce       TEXT
+);
+
+-- Upgrade of the original's tables: ids outgrow INT, and its timestamps carry no zone (they are read as UTC).
+DO $$
+DECLARE
+    type_of CONSTANT jsonb := (
+        SELECT jsonb_object_agg(attname, format_type(atttypid, NULL))
+        FROM pg_attribute WHERE attrelid = 'messages'::regclass AND attnum > 0 AND NOT attisdropped
+    );
+BEGIN
+    IF type_of ->> 'id' = 'integer' THEN
+        ALTER TABLE messages ALTER COLUMN id TYPE BIGINT;
+        EXECUTE format('ALTER SEQUENCE %s AS BIGINT', pg_get_serial_sequence('messages', 'id'));
+    END IF;
+    IF type_of ->> 'created_at' = 'timestamp without time zone' THEN
+        ALTER TABLE messages ALTER COLUMN created_at TYPE TIMESTAMPTZ USING created_at AT TIME ZONE 'UTC';
+    END IF;
+    IF type_of ->> 'nonce' IS NULL THEN
+        ALTER TABLE messages ADD COLUMN nonce TEXT;
+    END IF;
+
+    -- A channel that has members was meant for them alone.
+    IF NOT EXISTS (
+        SELECT FROM pg_attribute
+        WHERE attrelid = 'channels'::regclass AND attname = 'is_private' AND NOT attisdropped
+    ) THEN
+        ALTER TABLE channels ADD COLUMN is_private BOOLEAN NOT NULL DEFAULT false;
+        UPDATE channels SET is_private = true WHERE id IN (SELECT channel_id FROM channel_users);
+    END IF;
+END $$;
+
+CREATE INDEX IF NOT EXISTS messages_channel_id_id_idx ON messages (channel_id, id);
+CREATE UNIQUE INDEX IF NOT EXISTS messages_nonce_idx
+    ON messages (channel_id, user_id, nonce) WHERE nonce IS NOT NULL;
+CREATE INDEX IF NOT EXISTS channel_users_user_id_idx ON channel_users (user_id);
+
+-- Order: within one channel, ids are handed out in commit order, so that "everything after id N" is complete.
+-- The server holds a channel's lock before it takes an id (and says so by this setting, to save the trigger);
+-- every other writer gets both here: the lock, and a new id if a greater one was committed meanwhile.
+CREATE OR REPLACE FUNCTION tollerchat_order() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock(1953459308, NEW.channel_id);
+    IF NEW.id <= (SELECT max(id) FROM messages WHERE channel_id = NEW.channel_id) THEN
+        NEW.id := nextval(pg_get_serial_sequence('messages', 'id'));
+    END IF;
+    RETURN NEW;
+END $$;
+
+CREATE OR REPLACE TRIGGER tollerchat_order BEFORE INSERT ON messages
+    FOR EACH ROW WHEN (current_setting('tollerchat.writer', true) IS DISTINCT FROM 'on')
+    EXECUTE FUNCTION tollerchat_order();
+
+-- Notifications: hints to every server process. Payload: a verb and its arguments, see tollerchat/bus.py.
+CREATE OR REPLACE FUNCTION tollerchat_messages_inserted() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    -- One notification for many channels; a payload must stay under 8,000 bytes.
+    PERFORM pg_notify('tollerchat', 'grown ' || string_agg(entry, ' '))
+    FROM (
+        SELECT channel_id || ':' || max(id) AS entry, row_number() OVER () / 200 AS part
+        FROM inserted GROUP BY channel_id
+    ) AS entries
+    GROUP BY part;
+    RETURN NULL;
+END $$;
+
+CREATE OR REPLACE TRIGGER tollerchat_messages_inserted AFTER INSERT ON messages
+    REFERENCING NEW TABLE AS inserted
+    FOR EACH STATEMENT EXECUTE FUNCTION tollerchat_messages_inserted();
+
+CREATE OR REPLACE FUNCTION tollerchat_messages_changed() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_notify('tollerchat', 'changed ' || channel_id)
+    FROM (SELECT DISTINCT channel_id FROM changed WHERE channel_id IS NOT NULL) AS channel_ids;
+    RETURN NULL;
+END $$;
+
+CREATE OR REPLACE TRIGGER tollerchat_messages_deleted AFTER DELETE ON messages
+    REFERENCING OLD TABLE AS changed
+    FOR EACH STATEMENT EXECUTE FUNCTION tollerchat_messages_changed();
+
+CREATE OR REPLACE TRIGGER tollerchat_messages_updated AFTER UPDATE ON messages
+    REFERENCING OLD TABLE AS changed
+    FOR EACH STATEMENT EXECUTE FUNCTION tollerchat_messages_changed();
+
+CREATE OR REPLACE FUNCTION tollerchat_channel_changed() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF TG_OP = 'DELETE' THEN
+        PERFORM pg_notify('tollerchat', 'deleted ' || OLD.id);
+    ELSE
+        PERFORM pg_notify('tollerchat', 'access ' || OLD.id);
+    END IF;
+    RETURN NULL;
+END $$;
+
+CREATE OR REPLACE TRIGGER tollerchat_channel_deleted AFTER DELETE ON channels
+    FOR EACH ROW EXECUTE FUNCTION tollerchat_channel_changed();
+
+CREATE OR REPLACE TRIGGER tollerchat_channel_closed AFTER UPDATE ON channels
+    FOR EACH ROW WHEN (NEW.is_private AND NOT OLD.is_private)
+    EXECUTE FUNCTION tollerchat_channel_changed();
+
+CREATE OR REPLACE FUNCTION tollerchat_member_removed() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_notify('tollerchat', 'access ' || OLD.channel_id);
+    RETURN NULL;
+END $$;
+
+CREATE OR REPLACE TRIGGER tollerchat_member_removed AFTER DELETE OR UPDATE ON channel_users
+    FOR EACH ROW EXECUTE FUNCTION tollerchat_member_removed();
+
+CREATE OR REPLACE FUNCTION tollerchat_user_deleted() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_notify('tollerchat', 'user ' || OLD.id);
+    RETURN NULL;
+END $$;
+
+CREATE OR REPLACE TRIGGER tollerchat_user_deleted AFTER DELETE ON users
+    FOR EACH ROW EXECUTE FUNCTION tollerchat_user_deleted();
+
+COMMIT;

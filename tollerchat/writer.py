@@ -1,0 +1,157 @@
+"""`MessageWriter`: group commit. All messages that wait go to the database in one transaction."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple, Protocol
+
+from tollerchat.config import Config
+from tollerchat.errors import ChatError, Unavailable
+from tollerchat.hub import Hub
+from tollerchat.protocol import OutgoingMessage
+from tollerchat.repository import NewMessage, Repository, SaveResult
+
+__all__ = ("MessageWriter", "Sender")
+
+logger = logging.getLogger("tollerchat.writer")
+
+BATCH_MESSAGES: Final = 500
+BATCH_CHARACTERS: Final = 128 * 1024  # bounds the blob of one commit, and so the buffers of slow clients
+FIRST_RETRY_DELAY: Final = 0.05  # seconds; doubles up to
+LAST_RETRY_DELAY: Final = 0.5
+
+
+class Sender(Protocol):
+    """Who is told what became of a message."""
+
+    own: set[int]  # ids of its messages, which it is not to be sent
+
+    def stored(self, message: OutgoingMessage, nonce: str | None) -> None: ...
+    def refused(self, error: ChatError, nonce: str | None) -> None: ...
+
+
+class Submission(NamedTuple):
+    message: NewMessage
+    sender: Sender
+    deadline: float  # loop time after which it is not tried again
+
+
+class MessageWriter:
+    """Takes messages in, stores them in order, has them broadcast, and tells their senders."""
+
+    def __init__(self, config: Config, repository: Repository, hub: Hub) -> None:
+        self._config = config
+        self._repository = repository
+        self._hub = hub
+        self._waiting: deque[Submission] = deque()
+        self._work = asyncio.Event()  # there is something to store
+        self._idle = asyncio.Event()  # there is nothing to store, and nothing being stored
+        self._idle.set()
+        self._closed = False
+
+    def submit(self, message: NewMessage, sender: Sender) -> None:
+        """Queue a message. Raises `Unavailable` where it cannot wait; else the sender is told in time."""
+        if self._closed:
+            raise Unavailable("the server is shutting down: send it again to another one")
+        if len(self._waiting) >= self._config.max_pending:
+            raise Unavailable("too many messages wait for the database: send it again later")
+        deadline = asyncio.get_running_loop().time() + self._config.store_timeout
+        self._waiting.append(Submission(message, sender, deadline))
+        self._work.set()
+        self._idle.clear()
+
+    async def flush(self) -> None:
+        """Take nothing more, and wait until all that was taken has its answer."""
+        self._closed = True
+        await self._idle.wait()
+
+    async def run(self) -> None:
+        """Store what is submitted, until cancelled."""
+        while True:
+            await self._work.wait()
+            while self._waiting:
+                batch = self._take_batch()
+                rooms = self._hub.begin_commit({submission.message.channel_id for submission in batch})
+                try:
+                    await self._store(batch)
+                finally:
+                    self._hub.end_commit(rooms)
+            self._work.clear()
+            self._idle.set()
+
+    def _take_batch(self) -> list[Submission]:
+        """What waits, in order and within bounds, but no nonce twice: the second waits for the first."""
+        batch: list[Submission] = []
+        repeated: list[Submission] = []
+        nonces: set[tuple[int, int, str]] = set()
+        characters = 0
+        while self._waiting and len(batch) < BATCH_MESSAGES and characters < BATCH_CHARACTERS:
+            submission = self._waiting.popleft()
+            message = submission.message
+            if message.nonce is not None:
+                key = (message.channel_id, message.user_id, message.nonce)
+                if key in nonces:
+                    repeated.append(submission)
+                    continue
+                nonces.add(key)
+            batch.append(submission)
+            characters += len(message.content)
+        self._waiting.extendleft(reversed(repeated))
+        return batch
+
+    async def _store(self, batch: list[Submission]) -> None:
+        """Try until each message has its answer or its deadline is over."""
+        delay = FIRST_RETRY_DELAY
+        while True:
+            try:
+                results, previous = await self._repository.save_messages([each.message for each in batch])
+            except Unavailable as exc:
+                logger.warning("%d messages are not stored yet: %s", len(batch), exc)
+                results, previous = [exc] * len(batch), {}
+            except Exception:
+                logger.exception("%d messages could not be stored", len(batch))
+                results, previous = [Unavailable("the message could not be stored")] * len(batch), {}
+            retry = self._answer(batch, results, previous)
+            if not retry:
+                return
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, LAST_RETRY_DELAY)
+            batch = retry
+
+    def _answer(
+        self, batch: Sequence[Submission], results: Iterable[SaveResult], previous: dict[int, int]
+    ) -> list[Submission]:
+        """Broadcast what is committed, then tell the senders; returns what is worth another try."""
+        now = asyncio.get_running_loop().time()
+        retry: list[Submission] = []
+        refused: list[tuple[Submission, ChatError]] = []
+        stored: list[tuple[Submission, OutgoingMessage]] = []
+        committed: dict[int, list[OutgoingMessage]] = {}
+        for submission, result in zip(batch, results, strict=True):
+            if isinstance(result, Unavailable) and now < submission.deadline and _may_retry(submission, result):
+                retry.append(submission)
+            elif isinstance(result, ChatError):
+                refused.append((submission, result))
+            else:
+                stored.append((submission, result.message))
+                # Before the broadcast: from now on, this is how its sender does not get it.
+                submission.sender.own.add(result.message.message_id)
+                if result.repeated:
+                    self._hub.hint(result.message.channel_id, result.message.message_id)
+                else:
+                    committed.setdefault(result.message.channel_id, []).append(result.message)
+        for channel_id, messages in committed.items():
+            self._hub.broadcast(channel_id, previous[channel_id], messages)
+        for submission, message in stored:
+            submission.sender.stored(message, submission.message.nonce)
+        for submission, error in refused:
+            submission.sender.refused(error, submission.message.nonce)
+        return retry
+
+
+def _may_retry(submission: Submission, error: Unavailable) -> bool:
+    """Whether another try can not store the message twice: only a nonce tells if the first one did."""
+    return submission.message.nonce is not None or not error.sent
