@@ -14,6 +14,7 @@ from tollerchat.auth import Identity, verify_token
 from tollerchat.config import Config
 from tollerchat.errors import ChatError, InvalidFrame, TooSlow, Unauthorized, Unavailable
 from tollerchat.hub import Hub
+from tollerchat.linger import linger
 from tollerchat.protocol import (
     PING_FRAME,
     AckFrame,
@@ -189,6 +190,9 @@ class Client:
                 self._send_error(InvalidFrame("binary frames are not understood: send text frames"))
             elif frame.type is aiohttp.WSMsgType.PING:
                 await self._connection.pong(frame.data)
+            elif frame.type is aiohttp.WSMsgType.ERROR:
+                await linger(self._transport, CLOSE_TIMEOUT)
+                return
             elif frame.type is not aiohttp.WSMsgType.PONG:
                 return
 

@@ -1,0 +1,82 @@
+"""Fixtures: one PostgreSQL cluster per run, a fresh database per test, factories that close what they made."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+
+import psycopg2
+import pytest
+from tollerchat import Config
+from tollerchat.embedded import run_postgres
+
+from tests.support import SECRET, Database, Server, Template, psql
+
+CLUSTER_VARIABLE = "TOLLERCHAT_TEST_CLUSTER"
+
+_cluster = contextlib.ExitStack()
+
+
+def pytest_configure(config):
+    """Start the cluster in the first process; parallel workers inherit its URL."""
+    if CLUSTER_VARIABLE in os.environ or hasattr(config, "workerinput"):
+        return
+    directory = Path(tempfile.mkdtemp(prefix="tollerchat-"))
+    _cluster.callback(os.environ.pop, CLUSTER_VARIABLE)
+    _cluster.callback(shutil.rmtree, directory, ignore_errors=True)
+    url = _cluster.enter_context(run_postgres(directory))
+    os.environ[CLUSTER_VARIABLE] = url
+    psql(url, "ALTER SYSTEM SET fsync = off")  # what survives a power cut is not tested here
+    psql(url, "SELECT pg_reload_conf()")
+    for template in Template:
+        template.create(url)
+
+
+def pytest_unconfigure(config):
+    _cluster.close()
+
+
+def pytest_asyncio_loop_factories(config, item):
+    """The loop that the server runs on in production; TEST_LOOP=asyncio for the other one."""
+    if sys.platform == "win32" or os.environ.get("TEST_LOOP") == "asyncio":
+        return {"asyncio": asyncio.new_event_loop}
+    import uvloop
+
+    return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(params=list(Template), ids=lambda template: template.value)
+def database(request):
+    """A database of its own, made by our schema.sql, or by the seed's tables and our schema.sql."""
+    url = os.environ[CLUSTER_VARIABLE]
+    name = f"test_{uuid.uuid4().hex}"
+    psql(url, f"CREATE DATABASE {name} TEMPLATE {request.param.database}")
+    with contextlib.closing(psycopg2.connect(url, dbname=name)) as connection:
+        connection.autocommit = True
+        yield Database(connection, url.replace("/postgres?", f"/{name}?"))
+    psql(url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def config(database):
+    return Config(db_url=database.url, jwt_secret=SECRET)
+
+
+@pytest.fixture
+async def serve():
+    """Factory: run an application on a free port of 127.0.0.1, as a real server would."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(config=None, *, app=None, prefix="", port=0):
+            return await stack.enter_async_context(Server.run(config, app=app, prefix=prefix, port=port))
+
+        yield start
+
+
+@pytest.fixture
+async def server(serve, config):
+    return await serve(config)
