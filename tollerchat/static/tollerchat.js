@@ -1,0 +1,354 @@
+/**
+ * Browser client of one tollerchat channel. No dependencies; import it as an ES module:
+ *
+ *     import { TollerChat } from "./tollerchat.js";
+ *     const chat = new TollerChat({ channelId: 1, token });
+ *     chat.addEventListener("message", ({ detail }) => show(detail));
+ *     chat.addEventListener("ack", ({ detail }) => markSent(detail.nonce, detail.message_id));
+ *     chat.connect();
+ *     const nonce = chat.send("Hello");
+ *
+ * Every message of the channel is reported exactly once: as `message`, or, where this client sent it, as
+ * `ack`. An `ack` may overtake messages with lower ids, so order what you show by `message_id`.
+ *
+ * Events (`event.detail`):
+ *   state    {state, code, retryAt}  see State; retryAt (ms, as Date.now) while a new attempt is waited for
+ *   ready    {user_id, last_message_id, gap, after}  history is complete; with gap, messages following id
+ *            `after` were too many to be sent again
+ *   message  {message_id, user_id, channel_id, content, created_at, own}  own: same user, maybe another device
+ *   ack      {nonce, content, message_id, created_at}  the message is stored
+ *   failed   {nonce, content, code, message}  the message was refused and will not be sent again by itself
+ *   typing   {user_id}
+ *   error    {code, message}  an error that belongs to no message
+ *
+ * @typedef {"connecting"|"online"|"reconnecting"|"offline"|"signed-out"} State
+ */
+
+export const MAX_FRAME_BYTES = 8192;
+
+const PROTOCOL = "tollerchat.v1";
+const MAX_IN_FLIGHT = 8; // a long outbox must not look like a flood after a reconnect
+const SILENCE_MS = 15_000; // waiting for the server this long without a single frame: the link is dead
+const STABLE_MS = 10_000; // a connection this old resets the reconnect delay
+const MAX_DELAY_MS = 30_000;
+const TYPING_MS = 1_000;
+
+const TOKEN_EXPIRED = 4401;
+const FINAL_CODES = new Set([1008, 1009, TOKEN_EXPIRED, 4403, 4404]);
+/** What an upgrade refused over HTTP means, in terms of close codes. Anything else is worth another try. */
+const REFUSALS = { unauthorized: TOKEN_EXPIRED, forbidden: 4403, not_found: 4404, bad_request: 4404 };
+const RETRY_ERRORS = new Set(["unavailable", "rate_limited"]);
+
+/** Full jitter: after an outage, thousands of clients must not come back in step. */
+const jitter = (attempt) => Math.random() * Math.min(MAX_DELAY_MS, 1_000 * 2 ** attempt);
+
+/** Random name of a message. crypto.randomUUID does not exist on plain http beyond localhost. */
+const newNonce = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, "0")).join("");
+
+// A lone surrogate has no UTF-8 form and would make the whole frame invalid.
+const wellFormed = (text) => text.replace(/\p{Surrogate}/gu, "\ufffd");
+const messageFrame = (content, nonce) => JSON.stringify({ type: "message", content, nonce });
+
+/** How many bytes `content` is over what one frame can carry; 0 or less: it fits. */
+export function excessBytes(content) {
+  return new TextEncoder().encode(messageFrame(wellFormed(content), "0".repeat(32))).length - MAX_FRAME_BYTES;
+}
+
+/** The user id a JWT claims, or null. Unverified: good for display until the server says `ready`. */
+export function userIdOf(token) {
+  try {
+    const claims = JSON.parse(atob(token.split(".")[1].replaceAll("-", "+").replaceAll("_", "/")));
+    return Number(claims.user_id ?? claims.sub) || null;
+  } catch {
+    return null;
+  }
+}
+
+export class TollerChat extends EventTarget {
+  #base;
+  #token;
+  #socket = null;
+  #started = false;
+  #cursor = null; // last id received from the channel; null before the first connection got anything
+  #resumedFrom = null;
+  #pending = new Map(); // nonce -> {content, inFlight}, in the order of sending
+  #acked = new Set(); // own ids above the cursor: already reported, but `after` will bring them again
+  #held = new Map(); // id -> own message that may be one of #pending whose ack was lost
+  #reconnects = 0;
+  #refusals = 0; // consecutive "try again later" answers to messages
+  #lastTyping = -Infinity;
+  #timers = {};
+
+  /**
+   * @param {object} options
+   * @param {number} options.channelId positive integer
+   * @param {string} options.token JWT
+   * @param {string|URL} [options.base] where the server is mounted; default: the page's own address
+   */
+  constructor({ channelId, token, base = document.baseURI }) {
+    super();
+    if (!Number.isSafeInteger(channelId) || channelId < 1) throw new TypeError("channelId must be a positive integer");
+    this.channelId = channelId;
+    this.state = /** @type {State} */ ("connecting");
+    this.#base = base;
+    this.#useToken(token);
+  }
+
+  /** Connect, and stay connected until close() or a close code that is final. */
+  connect() {
+    if (this.#started) return;
+    this.#started = true;
+    addEventListener("online", this.#online);
+    addEventListener("offline", this.#offline);
+    this.#setState("connecting");
+    this.#dial();
+  }
+
+  /** Disconnect for good. Messages without an ack stay known and are sent again by the next connect(). */
+  close() {
+    this.#started = false;
+    removeEventListener("online", this.#online);
+    removeEventListener("offline", this.#offline);
+    this.#drop();
+    this.state = "offline"; // no event: the caller knows
+  }
+
+  /** Replace the token: extends the running session, or ends being signed out. */
+  setToken(token) {
+    this.#useToken(token);
+    if (this.state === "signed-out") this.connect();
+    else if (this.state === "online") this.#socket.send(JSON.stringify({ type: "auth", token }));
+  }
+
+  /**
+   * Queue a message; it is sent now or as soon as there is a connection, and again until it is answered.
+   * @param {string} content
+   * @param {string} [nonce] only to send a message again (one that failed, or from before a page reload)
+   * @returns {string} the nonce that `ack` or `failed` will carry
+   * @throws {RangeError} content does not fit one frame
+   */
+  send(content, nonce = newNonce()) {
+    if (excessBytes(content) > 0) throw new RangeError(`content is ${excessBytes(content)} bytes too long`);
+    this.#pending.set(nonce, { content: wellFormed(content), inFlight: false });
+    this.#flush();
+    return nonce;
+  }
+
+  /** Tell the others that this user is typing; call it on every key, it is passed on once a second. */
+  typing() {
+    const now = performance.now();
+    if (this.state !== "online" || now - this.#lastTyping < TYPING_MS) return;
+    this.#lastTyping = now;
+    this.#socket.send('{"type":"typing"}');
+  }
+
+  /** A page of older messages, oldest first: {messages, has_more}. */
+  async history({ before, limit = 50 }) {
+    const response = await this.#get({ before, limit });
+    if (!response.ok) throw new Error(`history: ${response.status}`);
+    const page = await response.json();
+    for (const message of page.messages) message.own = message.user_id === this.userId;
+    return page;
+  }
+
+  #useToken(token) {
+    if (!/^[\w.-]+$/.test(token)) throw new TypeError("token is not a JWT");
+    this.#token = token;
+    this.userId = userIdOf(token);
+  }
+
+  #get(query) {
+    const url = new URL(`channels/${this.channelId}/messages?${new URLSearchParams(query)}`, this.#base);
+    return fetch(url, { headers: { Authorization: `Bearer ${this.#token}` } });
+  }
+
+  #emit(type, detail) {
+    this.dispatchEvent(new CustomEvent(type, { detail }));
+  }
+
+  #setState(state, { code = null, retryAt = null } = {}) {
+    this.state = state;
+    this.#emit("state", { state, code, retryAt });
+  }
+
+  #timer(name, action, ms) {
+    clearTimeout(this.#timers[name]);
+    this.#timers[name] = action && setTimeout(action, ms);
+  }
+
+  #dial() {
+    this.#drop();
+    const url = new URL(`ws/channel/${this.channelId}`, this.#base);
+    url.protocol = url.protocol.replace("http", "ws");
+    this.#resumedFrom = this.#cursor;
+    if (this.#cursor !== null) url.searchParams.set("after", this.#cursor);
+    // In a subprotocol the token stays out of URLs, and so out of logs.
+    const socket = new WebSocket(url, [PROTOCOL, `bearer.${this.#token}`]);
+    let opened = false;
+    socket.onopen = () => (opened = true);
+    // A socket that was given up may still report: only the current one counts.
+    socket.onmessage = ({ data }) => socket === this.#socket && this.#receive(JSON.parse(data));
+    socket.onclose = ({ code }) => socket === this.#socket && this.#closed(code, opened);
+    this.#socket = socket;
+    this.#watch();
+  }
+
+  /** Give the socket up now; a close handshake over a dead link would take minutes. */
+  #drop() {
+    const socket = this.#socket;
+    this.#socket = null;
+    for (const name of Object.keys(this.#timers)) this.#timer(name, null);
+    for (const entry of this.#pending.values()) entry.inFlight = false;
+    socket?.close();
+  }
+
+  /** A browser cannot ping: while an answer is due, silence is the only sign of a dead link. */
+  #watch() {
+    const due = this.state !== "online" || [...this.#pending.values()].some((entry) => entry.inFlight);
+    this.#timer("watch", this.#socket && due && (() => this.#closed(1006, true)), SILENCE_MS);
+  }
+
+  async #closed(code, opened) {
+    this.#drop();
+    if (!FINAL_CODES.has(code) && !opened) {
+      code = (await this.#whyRefused()) ?? code;
+      if (this.#socket || !this.#started) return; // dialled or closed meanwhile
+    }
+    if (FINAL_CODES.has(code)) this.#stop(code);
+    else this.#reconnect(navigator.onLine ? jitter(this.#reconnects++) : MAX_DELAY_MS);
+  }
+
+  /** Browsers hide the status of a refused upgrade; the HTTP route has the same rules and tells. */
+  async #whyRefused() {
+    try {
+      const response = await this.#get({ limit: 1 });
+      return response.ok ? null : REFUSALS[(await response.json()).error.code];
+    } catch {
+      return null; // unreachable, or not our server's answer
+    }
+  }
+
+  #reconnect(delay) {
+    this.#timer("reconnect", () => this.#redial(), delay);
+    this.#setState(navigator.onLine ? "reconnecting" : "offline", { retryAt: Date.now() + delay });
+  }
+
+  #redial() {
+    this.#setState(navigator.onLine ? "reconnecting" : "offline");
+    this.#dial();
+  }
+
+  #online = () => {
+    if (this.state !== "online") this.#redial();
+  };
+
+  #offline = () => {
+    this.#drop();
+    this.#reconnect(MAX_DELAY_MS); // still tried now and then: a browser can be wrong (localhost, VPN)
+  };
+
+  #stop(code) {
+    this.close();
+    this.#setState("signed-out", { code });
+    if (code === TOKEN_EXPIRED) return; // the outbox waits for the new token
+    for (const nonce of [...this.#pending.keys()]) this.#fail(nonce, String(code), "the connection was closed");
+  }
+
+  #receive(frame) {
+    switch (frame.type) {
+      case "message":
+        this.#message(frame);
+        break;
+      case "ack":
+        this.#ack(frame);
+        break;
+      case "error":
+        this.#error(frame);
+        break;
+      case "ready":
+        this.#ready(frame);
+        break;
+      case "typing":
+        if (frame.user_id !== this.userId) this.#emit("typing", { user_id: frame.user_id });
+    }
+    this.#watch();
+  }
+
+  #message(frame) {
+    const id = frame.message_id;
+    if (this.#cursor !== null && id <= this.#cursor) return;
+    const reported = this.#acked.has(id);
+    this.#advance(id);
+    if (reported) return;
+    frame.own = frame.user_id === this.userId;
+    // Perhaps a message whose ack was lost, coming back as history. Its nonce, sent again, will tell.
+    if (frame.own && this.#awaits(frame.content)) this.#held.set(id, frame);
+    else this.#emit("message", frame);
+  }
+
+  #advance(id) {
+    this.#cursor = Math.max(this.#cursor ?? 0, id);
+    for (const own of this.#acked) if (own <= this.#cursor) this.#acked.delete(own);
+  }
+
+  #awaits(content) {
+    return [...this.#pending.values()].some((entry) => entry.content === content);
+  }
+
+  #ready({ user_id, last_message_id, gap }) {
+    this.userId = user_id;
+    this.#advance(last_message_id);
+    this.#timer("stable", () => (this.#reconnects = 0), STABLE_MS);
+    this.#setState("online");
+    this.#emit("ready", { user_id, last_message_id, gap, after: this.#resumedFrom });
+    this.#flush();
+  }
+
+  #ack({ nonce, message_id, created_at }) {
+    const entry = this.#pending.get(nonce);
+    if (!entry) return; // answered before
+    this.#refusals = 0;
+    // The cursor stays: messages with lower ids may still be on their way.
+    if (message_id > this.#cursor) this.#acked.add(message_id);
+    this.#held.delete(message_id);
+    this.#settle(nonce, "ack", { nonce, content: entry.content, message_id, created_at });
+  }
+
+  #error({ code, message, nonce }) {
+    const entry = this.#pending.get(nonce);
+    if (!entry) return nonce ? undefined : this.#emit("error", { code, message });
+    if (!RETRY_ERRORS.has(code)) return this.#fail(nonce, code, message);
+    entry.inFlight = false;
+    // Until then nothing else is sent either, which keeps the order of messages.
+    this.#timer("retry", () => this.#flush(true), 500 + jitter(Math.min(this.#refusals++, 5)));
+  }
+
+  #fail(nonce, code, message) {
+    const { content } = this.#pending.get(nonce);
+    this.#settle(nonce, "failed", { nonce, content, code, message });
+  }
+
+  #settle(nonce, type, detail) {
+    this.#pending.delete(nonce);
+    this.#emit(type, detail);
+    for (const [id, frame] of this.#held) {
+      if (this.#awaits(frame.content)) continue;
+      this.#held.delete(id);
+      this.#emit("message", frame);
+    }
+    this.#flush();
+  }
+
+  #flush(retrying = false) {
+    if (retrying) this.#timer("retry", null);
+    if (this.state !== "online" || this.#timers.retry) return;
+    let room = MAX_IN_FLIGHT;
+    for (const [nonce, entry] of this.#pending) {
+      if (room-- === 0) break;
+      if (entry.inFlight) continue;
+      entry.inFlight = true;
+      this.#socket.send(messageFrame(entry.content, nonce));
+    }
+    this.#watch();
+  }
+}
