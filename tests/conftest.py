@@ -1,4 +1,4 @@
-"""Fixtures: one PostgreSQL cluster per run, a fresh database per test, factories that close what they made."""
+"""Fixtures: one PostgreSQL cluster per run, a fresh database per test, factories that clean up."""
 
 import asyncio
 import contextlib
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-from tollerchat import Config
-from tollerchat.embedded import run_postgres
 
 from tests.support import SECRET, Database, Server, Template, psql
+from tollerchat import Config
+from tollerchat.embedded import run_postgres
 
 CLUSTER_VARIABLE = "TOLLERCHAT_TEST_CLUSTER"
 

@@ -10,6 +10,7 @@ import aiohttp
 import jwt
 import psycopg2
 from aiohttp import web
+
 from tollerchat import create_app
 from tollerchat.repository import read_schema
 
@@ -130,7 +131,10 @@ class Chatter:
 
     async def closed(self):
         """Skip to the end of the connection; returns the close code."""
-        while (await self.socket.receive(timeout=WAIT)).type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.PING):
+        while (await self.socket.receive(timeout=WAIT)).type in (
+            aiohttp.WSMsgType.TEXT,
+            aiohttp.WSMsgType.PING,
+        ):
             pass
         return self.socket.close_code
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from aiohttp import web
 
+from tollerchat.api import MessagesApi
 from tollerchat.bus import PostgresBus
 from tollerchat.config import Config
 from tollerchat.errors import Unavailable
-from tollerchat.handler import ChatHandler, error_response
+from tollerchat.handler import ChatHandler
+from tollerchat.http import error_response
 from tollerchat.hub import Hub
 from tollerchat.logs import hide_tokens
 from tollerchat.repository import Repository
@@ -35,7 +37,7 @@ _CSP = "default-src 'self'; connect-src 'self' ws: wss:; frame-ancestors 'self';
 
 
 def create_app(config: Config) -> web.Application:
-    """An application with everything: the WebSocket route, `/health`, and the web chat at `/`.
+    """An application with everything that `setup` adds, and the web chat at `/`.
 
     Run it on its own, or mount it: `parent.add_subapp("/chat", create_app(config))`.
     Raises `ConfigError` where `db_url` or `jwt_secret` is missing.
@@ -57,7 +59,7 @@ def create_app(config: Config) -> web.Application:
 
 
 def setup(app: web.Application, config: Config) -> None:
-    """Add the chat to an application: routes `/ws/channel/{channel_id}` and `/health`.
+    """Add the chat to an application: the WebSocket route, the HTTP routes beside it, and `/health`.
 
     Raises `ConfigError` where `db_url` or `jwt_secret` is missing.
     """
@@ -73,6 +75,9 @@ def setup(app: web.Application, config: Config) -> None:
     app[bus_key] = PostgresBus(config, hub)
     handler = ChatHandler(config, repository, hub, writer)
     app.router.add_get("/ws/channel/{channel_id}", handler.serve_ws)
+    api = MessagesApi(config, repository, writer)
+    app.router.add_get("/channels/{channel_id}/messages", api.get_messages)
+    app.router.add_post("/channels/{channel_id}/messages", api.post_message)
     app.router.add_get("/health", health)
     app.cleanup_ctx.append(_parts)
     # Not in the context: a parent's contexts, which may own what we write to, are cleaned before ours.

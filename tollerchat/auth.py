@@ -29,7 +29,9 @@ def verify_token(token: str, config: Config) -> Identity:
     Raises `Unauthorized`; its text never contains any part of the token.
     """
     try:
-        claims = jwt.decode(token, config.jwt_secret, algorithms=list(config.jwt_algorithms), options=_OPTIONS)
+        claims = jwt.decode(
+            token, config.jwt_secret, algorithms=list(config.jwt_algorithms), options=_OPTIONS
+        )
     except jwt.ExpiredSignatureError:
         raise Unauthorized("the token has expired: get a new one") from None
     except (jwt.ImmatureSignatureError, jwt.InvalidIssuedAtError):

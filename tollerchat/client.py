@@ -23,14 +23,13 @@ from tollerchat.protocol import (
     IncomingAuth,
     IncomingMessage,
     IncomingTyping,
-    OutgoingMessage,
     OutgoingTyping,
     ReadyFrame,
     encode,
     nonce_of,
     parse,
 )
-from tollerchat.repository import NewMessage
+from tollerchat.repository import NewMessage, Saved
 from tollerchat.room import RETRY_DELAY, LogFrame, Room
 from tollerchat.writer import MessageWriter
 
@@ -61,7 +60,14 @@ class Client:
     """
 
     def __init__(
-        self, config: Config, hub: Hub, writer: MessageWriter, identity: Identity, channel_id: int, *, v1: bool
+        self,
+        config: Config,
+        hub: Hub,
+        writer: MessageWriter,
+        identity: Identity,
+        channel_id: int,
+        *,
+        v1: bool,
     ) -> None:
         self.user_id, self.expires_at = identity
         self.channel_id = channel_id
@@ -237,11 +243,11 @@ class Client:
 
     # -- answers to its own messages, from the writer ----------------------------------------------
 
-    def stored(self, message: OutgoingMessage, nonce: str | None) -> None:
+    def stored(self, saved: Saved, nonce: str | None) -> None:
         """The message is committed."""
         self._settle()
         if self.v1:
-            self.write(encode(AckFrame(nonce, message.message_id, message.created_at)))
+            self.write(encode(AckFrame(nonce, saved.message.message_id, saved.message.created_at)))
 
     def refused(self, error: ChatError, nonce: str | None) -> None:
         """The message is not stored, or not known to be."""

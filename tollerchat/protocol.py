@@ -6,7 +6,7 @@ outgoing frame), then handle it in `Client`.
 
 import json
 from enum import IntEnum
-from typing import Final, Union
+from typing import Final
 
 import msgspec
 
@@ -40,6 +40,7 @@ __all__ = (
     "encode",
     "nonce_of",
     "parse",
+    "parse_message",
 )
 
 SUBPROTOCOL: Final = "tollerchat.v1"
@@ -94,9 +95,10 @@ class IncomingAuth(msgspec.Struct, tag="auth", gc=False):
     token: str
 
 
-IncomingFrame = Union[IncomingMessage, IncomingTyping, IncomingAuth]
+IncomingFrame = IncomingMessage | IncomingTyping | IncomingAuth
 
 _TYPES: Final = ("message", "typing", "auth")
+_message_decoder = msgspec.json.Decoder(IncomingMessage)
 _decoder: msgspec.json.Decoder[IncomingFrame] = msgspec.json.Decoder(IncomingFrame)
 
 
@@ -108,10 +110,24 @@ def parse(text: str) -> IncomingFrame:
     try:
         frame = _decoder.decode(text)
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as exc:
-        raise _explain(text, exc) from None
+        raise _explain(exc, _lenient(text)) from None
     if isinstance(frame, IncomingMessage):
         frame.check()
     return frame
+
+
+def parse_message(text: str) -> IncomingMessage:
+    """Turn the body of a posted message, where `type` may be missing, into a valid message.
+
+    Raises the same `ChatError`s as `parse`.
+    """
+    try:
+        message = _message_decoder.decode(text)
+    except (msgspec.MsgspecError, RecursionError, UnicodeError) as exc:
+        frame = _lenient(text)
+        raise _explain(exc, {"type": "message", **frame} if isinstance(frame, dict) else frame) from None
+    message.check()
+    return message
 
 
 def nonce_of(text: str) -> str | None:
@@ -123,6 +139,7 @@ def nonce_of(text: str) -> str | None:
 
 
 def _lenient(text: str) -> object:
+    """Decode what may not fit any struct. Only for refusals, off the hot path."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -133,9 +150,8 @@ def _has_surrogate(text: str) -> bool:
     return any("\ud800" <= char <= "\udfff" for char in text)
 
 
-def _explain(text: str, exc: Exception) -> ChatError:
-    """Find what is wrong with a frame that did not decode. Off the hot path, so it may decode again."""
-    frame = _lenient(text)
+def _explain(exc: Exception, frame: object) -> ChatError:
+    """What is wrong with a frame that did not fit its struct; `frame` is None if it is not even JSON."""
     if frame is None:
         return InvalidJson(f"the frame is not valid JSON: {exc}")
     if not isinstance(frame, dict):
@@ -200,7 +216,7 @@ class AckFrame(msgspec.Struct, tag="ack", gc=False):
     created_at: str
 
 
-OutgoingFrame = Union[OutgoingMessage, OutgoingTyping, ErrorFrame, ReadyFrame, AckFrame]
+OutgoingFrame = OutgoingMessage | OutgoingTyping | ErrorFrame | ReadyFrame | AckFrame
 
 _encode_json = msgspec.json.Encoder().encode
 

@@ -26,7 +26,9 @@ _COLUMNS = """content, coalesce(user_id, 0), channel_id, id,
     to_char(coalesce(created_at, 'epoch') AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
 
 _LAST = f"SELECT {_COLUMNS} FROM messages WHERE channel_id = %s AND id <= %s ORDER BY id DESC LIMIT %s"
-_AFTER = f"SELECT {_COLUMNS} FROM messages WHERE channel_id = %s AND id > %s AND id <= %s ORDER BY id LIMIT %s"
+_AFTER = (
+    f"SELECT {_COLUMNS} FROM messages WHERE channel_id = %s AND id > %s AND id <= %s ORDER BY id LIMIT %s"
+)
 _NTH_NEWEST = """
     SELECT id FROM messages WHERE channel_id = %s AND id > %s AND id <= %s
     ORDER BY id DESC OFFSET %s LIMIT 1"""

@@ -12,7 +12,7 @@ from tollerchat.config import Config
 from tollerchat.errors import ChatError, Unavailable
 from tollerchat.hub import Hub
 from tollerchat.protocol import OutgoingMessage
-from tollerchat.repository import NewMessage, Repository, SaveResult
+from tollerchat.repository import NewMessage, Repository, Saved, SaveResult
 
 __all__ = ("MessageWriter", "Sender")
 
@@ -29,7 +29,7 @@ class Sender(Protocol):
 
     own: set[int]  # ids of its messages, which it is not to be sent
 
-    def stored(self, message: OutgoingMessage, nonce: str | None) -> None: ...
+    def stored(self, saved: Saved, nonce: str | None) -> None: ...
     def refused(self, error: ChatError, nonce: str | None) -> None: ...
 
 
@@ -128,15 +128,19 @@ class MessageWriter:
         now = asyncio.get_running_loop().time()
         retry: list[Submission] = []
         refused: list[tuple[Submission, ChatError]] = []
-        stored: list[tuple[Submission, OutgoingMessage]] = []
+        stored: list[tuple[Submission, Saved]] = []
         committed: dict[int, list[OutgoingMessage]] = {}
         for submission, result in zip(batch, results, strict=True):
-            if isinstance(result, Unavailable) and now < submission.deadline and _may_retry(submission, result):
+            if (
+                isinstance(result, Unavailable)
+                and now < submission.deadline
+                and _may_retry(submission, result)
+            ):
                 retry.append(submission)
             elif isinstance(result, ChatError):
                 refused.append((submission, result))
             else:
-                stored.append((submission, result.message))
+                stored.append((submission, result))
                 # Before the broadcast: from now on, this is how its sender does not get it.
                 submission.sender.own.add(result.message.message_id)
                 if result.repeated:
@@ -145,8 +149,8 @@ class MessageWriter:
                     committed.setdefault(result.message.channel_id, []).append(result.message)
         for channel_id, messages in committed.items():
             self._hub.broadcast(channel_id, previous[channel_id], messages)
-        for submission, message in stored:
-            submission.sender.stored(message, submission.message.nonce)
+        for submission, saved in stored:
+            submission.sender.stored(saved, submission.message.nonce)
         for submission, error in refused:
             submission.sender.refused(error, submission.message.nonce)
         return retry

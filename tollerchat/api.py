@@ -1,0 +1,103 @@
+"""The HTTP routes beside the WebSocket: pages of history, and posting for programs that hold no connection."""
+
+import asyncio
+
+import msgspec
+from aiohttp import web
+
+from tollerchat.config import Config
+from tollerchat.errors import BadRequest, ChatError
+from tollerchat.http import authenticate, channel_id_of, error_response, integer, message_id_of
+from tollerchat.protocol import MAX_BIGINT, OutgoingMessage, parse_message
+from tollerchat.repository import NewMessage, Repository, Saved
+from tollerchat.writer import MessageWriter
+
+__all__ = ("MessagesApi",)
+
+MAX_LIMIT = 200  # messages of one page
+
+
+class HistoryPage(msgspec.Struct):
+    messages: list[OutgoingMessage]
+    has_more: bool
+
+
+class Poster:
+    """The sender of one posted message: no connection, so nothing to keep from it."""
+
+    def __init__(self) -> None:
+        self.own: set[int] = set()
+        self.answer: asyncio.Future[Saved | ChatError] = asyncio.get_running_loop().create_future()
+
+    def stored(self, saved: Saved, nonce: str | None) -> None:
+        self._set(saved)
+
+    def refused(self, error: ChatError, nonce: str | None) -> None:
+        self._set(error)
+
+    def _set(self, answer: Saved | ChatError) -> None:
+        if not self.answer.done():  # whoever posted may be gone
+            self.answer.set_result(answer)
+
+
+class MessagesApi:
+    """Serves `/channels/{channel_id}/messages` (docs/protocol.md, "HTTP beside it")."""
+
+    def __init__(self, config: Config, repository: Repository, writer: MessageWriter) -> None:
+        self._config = config
+        self._repository = repository
+        self._writer = writer
+
+    async def get_messages(self, request: web.Request) -> web.StreamResponse:
+        """A page of history, oldest first; the newest one without `before` and `after`."""
+        try:
+            channel_id, _ = await self._admit(request)
+            before, after = message_id_of(request, "before"), message_id_of(request, "after")
+            limit = integer(request.query.get("limit", "50"), "limit", 1, MAX_LIMIT)
+            until = MAX_BIGINT if before is None else before - 1
+            # One more than asked for tells whether there is more.
+            if after is None:
+                messages = await self._repository.load_last_messages(channel_id, until, limit + 1)
+                page = messages[-limit:]
+            else:
+                messages = await self._repository.load_messages_after(channel_id, after, until, limit + 1)
+                page = messages[:limit]
+        except ChatError as exc:
+            return error_response(exc)
+        return _json(HistoryPage(page, has_more=len(messages) > limit))
+
+    async def post_message(self, request: web.Request) -> web.StreamResponse:
+        """Store and broadcast: 201 with the message, 200 with the original one for a nonce seen before."""
+        try:
+            channel_id, user_id = await self._admit(request)
+            incoming = parse_message(await self._body(request))
+            poster = Poster()
+            self._writer.submit(NewMessage(channel_id, user_id, incoming.content, incoming.nonce), poster)
+            answer = await poster.answer
+        except ChatError as exc:
+            return error_response(exc)
+        if isinstance(answer, ChatError):
+            return error_response(answer)
+        return _json(answer.message, status=200 if answer.repeated else 201)
+
+    async def _admit(self, request: web.Request) -> tuple[int, int]:
+        identity = authenticate(request, self._config)
+        channel_id = channel_id_of(request)
+        await self._repository.check_access(channel_id, identity.user_id)
+        return channel_id, identity.user_id
+
+    async def _body(self, request: web.Request) -> str:
+        limit = self._config.max_frame_size
+        body = await request.content.read(limit + 1)
+        while len(body) <= limit and (more := await request.content.read(limit + 1)):
+            body += more
+        if len(body) > limit:
+            raise BadRequest(f"the body is larger than {limit} bytes")
+        try:
+            return body.decode()
+        except UnicodeDecodeError:
+            raise BadRequest("the body is not UTF-8") from None
+
+
+def _json(content: msgspec.Struct, status: int = 200) -> web.Response:
+    return web.Response(body=msgspec.json.encode(content), status=status, content_type="application/json")

@@ -1,0 +1,117 @@
+"""What all routes share: everything in a request is parsed here, and refusals become responses here."""
+
+from urllib.parse import urlsplit
+
+from aiohttp import hdrs, web
+
+from tollerchat.auth import Identity, verify_token
+from tollerchat.config import Config
+from tollerchat.errors import (
+    BadRequest,
+    ChatError,
+    Forbidden,
+    NonceConflict,
+    NotFound,
+    Unauthorized,
+    Unavailable,
+    UpgradeRequired,
+)
+from tollerchat.protocol import MAX_BIGINT, MAX_ID, SUBPROTOCOL
+
+__all__ = (
+    "authenticate",
+    "channel_id_of",
+    "check_origin",
+    "error_response",
+    "integer",
+    "message_id_of",
+    "negotiate",
+)
+
+BEARER_PREFIX = "bearer."
+
+_STATUS: dict[type[ChatError], int] = {
+    Unauthorized: 401,
+    Forbidden: 403,
+    NotFound: 404,
+    NonceConflict: 409,
+    UpgradeRequired: 426,
+    Unavailable: 503,
+}
+
+
+def error_response(error: ChatError) -> web.Response:
+    """A refusal as JSON, with the status of the contract; without one of its own, 400."""
+    body = {"error": {"code": error.code, "message": str(error)}}
+    headers = {}
+    if isinstance(error, UpgradeRequired):
+        headers = {hdrs.UPGRADE: "websocket", hdrs.CONNECTION: "upgrade"}
+    elif isinstance(error, Unauthorized):
+        headers[hdrs.WWW_AUTHENTICATE] = "Bearer"
+    elif isinstance(error, Unavailable):
+        headers[hdrs.RETRY_AFTER] = "1"
+    return web.json_response(body, status=_STATUS.get(type(error), 400), headers=headers)
+
+
+def authenticate(request: web.Request, config: Config) -> Identity:
+    """Who sends the request, by the first token of the contract's places. Raises `Unauthorized`."""
+    return verify_token(_token(request), config)
+
+
+def _token(request: web.Request) -> str:
+    scheme, _, credentials = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    if scheme.lower() == "bearer":
+        return credentials.strip()
+    if "token" in request.query:
+        return request.query["token"]
+    offered = _offered_protocols(request)
+    if SUBPROTOCOL in offered:
+        for protocol in offered:
+            if protocol.startswith(BEARER_PREFIX):
+                return protocol[len(BEARER_PREFIX) :]
+    raise Unauthorized('no token: send "Authorization: Bearer <jwt>", or ?token=<jwt>')
+
+
+def negotiate(request: web.Request) -> bool:
+    """Whether the client speaks tollerchat.v1, else it is at the plain level. Raises `BadRequest`."""
+    offered = _offered_protocols(request)
+    if SUBPROTOCOL in offered:
+        return True
+    if any(protocol.startswith(BEARER_PREFIX) for protocol in offered):
+        # aiohttp would log the offer, and the token with it.
+        raise BadRequest(f"a token in Sec-WebSocket-Protocol must come with {SUBPROTOCOL}")
+    return False
+
+
+def _offered_protocols(request: web.Request) -> list[str]:
+    return [offer.strip() for offer in request.headers.get(hdrs.SEC_WEBSOCKET_PROTOCOL, "").split(",")]
+
+
+def check_origin(request: web.Request, config: Config) -> None:
+    """Raise `Forbidden` if a browser sends this for a page that may not."""
+    origin = request.headers.get(hdrs.ORIGIN)
+    allowed = config.allowed_origins
+    if origin is None or "*" in allowed or origin in allowed:
+        return
+    if not allowed and urlsplit(origin).netloc == request.host:
+        return
+    raise Forbidden(f"the origin {origin} is not allowed: add it to ALLOWED_ORIGINS")
+
+
+def channel_id_of(request: web.Request) -> int:
+    """The channel in the path. Raises `BadRequest`."""
+    return integer(request.match_info["channel_id"], "channel_id", 1, MAX_ID)
+
+
+def message_id_of(request: web.Request, name: str) -> int | None:
+    """A message id in the query, if it is there. Raises `BadRequest`."""
+    text = request.query.get(name)
+    return None if text is None else integer(text, name, 0, MAX_BIGINT)
+
+
+def integer(text: str, name: str, low: int, high: int) -> int:
+    """A decimal integer within bounds. Raises `BadRequest`."""
+    # isdecimal() alone would let other scripts' digits through, and int() a sign or underscores.
+    if text.isascii() and text.isdecimal() and len(text) <= 19 and low <= int(text) <= high:
+        return int(text)
+    raise BadRequest(f"{name} must be an integer from {low} to {high}")
