@@ -189,7 +189,7 @@ class Server:
         )
 
     async def join(self, user_id=1, channel_id=1, *, after=None):
-        """Open a channel at level tollerchat.v1 and read up to `ready`; returns the client and its history."""
+        """Open a channel at level tollerchat.v1, read up to `ready`; returns the client and its history."""
         chatter = await self.connect(user_id, channel_id, v1=True, after=after)
         history = []
         while (frame := await chatter.receive())["type"] != "ready":

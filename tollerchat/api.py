@@ -1,4 +1,4 @@
-"""The HTTP routes beside the WebSocket: pages of history, and posting for programs that hold no connection."""
+"""The HTTP routes beside the WebSocket: pages of history, and posting without a connection."""
 
 import asyncio
 

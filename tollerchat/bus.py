@@ -1,4 +1,4 @@
-"""The bus: hints that the log has grown, from whoever wrote to it. The log is the truth, hints may be lost."""
+"""The bus: hints that the log has grown, whoever wrote to it. They may be lost; the log is the truth."""
 
 from __future__ import annotations
 

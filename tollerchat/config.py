@@ -10,8 +10,8 @@ from tollerchat.errors import ConfigError
 __all__ = ("Config",)
 
 
-def _setting(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
+def _setting(default: Any, meaning: str, *, low: float | None = None, high: float | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "low": low, "high": high})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Config:
     # Required
     db_url: str = _setting("", "PostgreSQL URL or libpq connection string")
     jwt_secret: str = dataclasses.field(
-        default="", repr=False, metadata={"help": "key that tokens are verified with"}
+        default="", repr=False, metadata={"meaning": "key that tokens are verified with"}
     )
 
     # Where it listens
@@ -79,7 +79,8 @@ class Config:
             raise ConfigError('JWT_ALGORITHMS must name at least one algorithm, and never "none": use HS256')
         if self.pong_timeout <= self.ping_interval:
             raise ConfigError(
-                f"PONG_TIMEOUT is {self.pong_timeout}: it must be greater than PING_INTERVAL ({self.ping_interval})"
+                f"PONG_TIMEOUT is {self.pong_timeout}: "
+                f"it must be greater than PING_INTERVAL ({self.ping_interval})"
             )
 
     @classmethod
