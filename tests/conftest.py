@@ -67,8 +67,11 @@ def config(database):
 
 
 @pytest.fixture
-async def serve():
-    """Factory: run an application on a free port of 127.0.0.1, as a real server would."""
+async def serve(database):
+    """Factory: run an application on a free port of 127.0.0.1, as a real server would.
+
+    It asks for the database so that the servers are gone before their database is.
+    """
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(config=None, *, app=None, prefix="", port=0):

@@ -25,6 +25,8 @@ __all__ = ("main",)
 
 logger = logging.getLogger("tollerchat")
 
+# Connections that wait to be accepted: all clients come back at once after a restart.
+BACKLOG = 4096
 DEMO_TTL = 30 * 24 * 3600  # seconds
 
 
@@ -103,10 +105,11 @@ def _run(main: Coroutine[None, None, None]) -> None:
 
 async def _serve_until_stopped(config: Config, *, demo: bool) -> None:
     app = create_app(config)
-    runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=1.0)
+    access_log = logging.getLogger("aiohttp.access") if config.access_log else None
+    runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=1.0, access_log=access_log)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, config.host, config.port)
+        site = web.TCPSite(runner, config.host, config.port, backlog=BACKLOG)
         try:
             await site.start()
         except OSError as exc:

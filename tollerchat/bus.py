@@ -20,6 +20,9 @@ logger = logging.getLogger("tollerchat.bus")
 RETRY_DELAY = 0.5  # seconds between attempts to connect
 PROBE_INTERVAL = 5.0  # seconds between probes of the connection, which also look for lost hints
 
+# aiopg raises AssertionError on a broken connection, uvloop RuntimeError where a descriptor is reused too soon.
+_FAILURES = (psycopg2.Error, OSError, asyncio.TimeoutError, AssertionError, RuntimeError, Unavailable)
+
 
 class PostgresBus:
     """LISTENs to what the triggers of schema.sql notify, and tells the hub.
@@ -39,10 +42,9 @@ class PostgresBus:
                 async with connect(self._config, self._config.db_timeout) as connection:
                     await _execute(connection, "LISTEN tollerchat")
                     # Whatever was notified before is found in the tables.
-                    await self._hub.compare_with_log()
-                    await self._hub.check_all_access()
+                    await self._hub.resync()
                     await self._listen(connection)
-            except (psycopg2.Error, OSError, asyncio.TimeoutError, AssertionError, Unavailable) as exc:
+            except _FAILURES as exc:
                 logger.warning("not listening to the database: %s", str(exc).strip() or type(exc).__name__)
             await asyncio.sleep(RETRY_DELAY)
 
@@ -64,7 +66,7 @@ class PostgresBus:
                 await asyncio.sleep(PROBE_INTERVAL)
                 await _execute(connection, "SELECT 1")
                 await self._hub.compare_with_log()
-        except (psycopg2.Error, OSError, asyncio.TimeoutError, AssertionError, Unavailable) as exc:
+        except _FAILURES as exc:
             logger.warning("the database does not answer: %s", str(exc).strip() or type(exc).__name__)
             connection.close()
 

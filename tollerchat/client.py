@@ -73,6 +73,7 @@ class Client:
         self.channel_id = channel_id
         self.v1 = v1
         self.own: set[int] = set()  # ids of its own messages that its cursor has not passed yet
+        self.unsettled: set[str] = set()  # nonces of messages that may be stored, or may not
         self.ended = asyncio.Event()
         self._config = config
         self._hub = hub
@@ -107,13 +108,17 @@ class Client:
             self._cursor = room.history_cursor()
             return
         if after > room.head:  # the room may be behind the log
-            await room.reach(await self._hub.newest_id(self.channel_id))
-        # Beyond the newest row there is nothing, its rows were deleted; new ones have greater ids.
-        self._cursor = min(after, room.head)
-        if room.since(self._cursor) is None:
-            oldest = await self._hub.replay_start(self.channel_id, self._cursor, room.head)
-            if oldest is not None:
-                self._cursor, self._gap = oldest, True
+            # Beyond the newest row there is nothing, its rows were deleted; new ones have greater ids.
+            after = min(after, await self._hub.newest_id(self.channel_id))
+            await room.reach(after)
+        self._cursor = after
+        limit = self._config.max_replay
+        if (frames := room.since(after)) is None:
+            start = await self._hub.replay_start(self.channel_id, after, room.head)
+            if start is not None:
+                self._cursor, self._gap = start, True
+        elif len(frames) > limit:
+            self._cursor, self._gap = frames[-limit - 1][0], True
 
     async def run(
         self, connection: Connection, transport: asyncio.Transport, drain: Callable[[], Awaitable[None]]
@@ -179,8 +184,7 @@ class Client:
             self.abort()
         elif now >= self._next_ping:
             self._next_ping = now + self._config.ping_interval
-            if not self._full():
-                self.write(PING_FRAME)
+            self.offer(PING_FRAME)
 
     # -- from the client ---------------------------------------------------------------------------
 
@@ -246,12 +250,16 @@ class Client:
     def stored(self, saved: Saved, nonce: str | None) -> None:
         """The message is committed."""
         self._settle()
+        if nonce is not None:
+            self.unsettled.discard(nonce)
         if self.v1:
             self.write(encode(AckFrame(nonce, saved.message.message_id, saved.message.created_at)))
 
     def refused(self, error: ChatError, nonce: str | None) -> None:
         """The message is not stored, or not known to be."""
         self._settle()
+        if nonce is not None and isinstance(error, Unavailable):
+            self.unsettled.add(nonce)
         self._send_error(error, nonce)
 
     def _settle(self) -> None:
@@ -268,6 +276,11 @@ class Client:
         """Hand whole frames to the transport, unless the connection is closing."""
         if self._closing is None and not self._transport.is_closing():
             self._transport.write(data)
+
+    def offer(self, data: bytes) -> None:
+        """Hand over frames that a lagging client can do without."""
+        if not self._full():
+            self.write(data)
 
     def deliver(self, blob: bytes, frames: Sequence[LogFrame]) -> bool:
         """Give a live client what was committed; false if it lags. `blob` is all `frames`, joined."""

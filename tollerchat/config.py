@@ -5,13 +5,19 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jwt
+import psycopg2.extensions
+
 from tollerchat.errors import ConfigError
 
 __all__ = ("Config",)
 
 
-def _setting(default: Any, meaning: str, *, low: float | None = None, high: float | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "low": low, "high": high})
+def _setting(
+    default: Any, meaning: str, *, low: float | None = None, high: float | None = None, secret: bool = False
+) -> Any:
+    metadata = {"meaning": meaning, "low": low, "high": high}
+    return dataclasses.field(default=default, repr=not secret, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,14 +28,14 @@ class Config:
     """
 
     # Required
-    db_url: str = _setting("", "PostgreSQL URL or libpq connection string")
-    jwt_secret: str = dataclasses.field(
-        default="", repr=False, metadata={"meaning": "key that tokens are verified with"}
-    )
+    db_url: str = _setting("", "PostgreSQL URL or libpq connection string", secret=True)
+    jwt_secret: str = _setting("", "key that tokens are verified with", secret=True)
 
     # Where it listens
     host: str = _setting("127.0.0.1", "address to listen on")
     port: int = _setting(8080, "TCP port; 0 takes a free one", low=0, high=65535)
+
+    access_log: bool = _setting(False, "log each HTTP request, without its token: 1 or 0")
 
     # Who may connect
     jwt_algorithms: tuple[str, ...] = _setting(("HS256",), "accepted algorithms, comma-separated")
@@ -66,29 +72,51 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, low, high = (
-                getattr(self, field.name),
-                field.metadata.get("low"),
-                field.metadata.get("high"),
-            )
+            value, low, high = getattr(self, field.name), field.metadata["low"], field.metadata["high"]
             too_low = low is not None and not value >= low  # `not >=`, so that NaN is refused too
             if too_low or (high is not None and not value <= high):
                 bounds = f"at least {low}" if high is None else f"{low} to {high}"
                 raise ConfigError(f"{field.name.upper()} is {value}: it must be {bounds}")
-        if "none" in (name.strip().lower() for name in self.jwt_algorithms) or not self.jwt_algorithms:
-            raise ConfigError('JWT_ALGORITHMS must name at least one algorithm, and never "none": use HS256')
+        self._check_database()
+        self._check_tokens()
         if self.pong_timeout <= self.ping_interval:
             raise ConfigError(
                 f"PONG_TIMEOUT is {self.pong_timeout}: "
                 f"it must be greater than PING_INTERVAL ({self.ping_interval})"
             )
 
+    def _check_database(self) -> None:
+        try:
+            psycopg2.extensions.parse_dsn(self.db_url)
+        except psycopg2.ProgrammingError:  # its text may have the password
+            raise ConfigError(
+                "DB_URL is not a PostgreSQL URL: it must look like postgresql://user:password@host/database"
+            ) from None
+
+    def _check_tokens(self) -> None:
+        if not self.jwt_algorithms:
+            raise ConfigError("JWT_ALGORITHMS is empty: it must name an algorithm, HS256 for example")
+        known = jwt.algorithms.get_default_algorithms()
+        for name in self.jwt_algorithms:
+            if name not in known or name == "none":
+                raise ConfigError(
+                    f"JWT_ALGORITHMS has {name!r}: use one of {', '.join(sorted(set(known) - {'none'}))}"
+                )
+            if self.jwt_secret:
+                try:
+                    known[name].prepare_key(self.jwt_secret)
+                except (jwt.InvalidKeyError, ValueError):
+                    raise ConfigError(
+                        f"JWT_SECRET is not a key for {name}: set one, or JWT_ALGORITHMS"
+                    ) from None
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> "Config":
         """Read the settings from environment variables; empty ones count as not set."""
         values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
-            if text := environ.get(field.name.upper(), "").strip():
+            text = environ.get(field.name.upper(), "")
+            if text.strip():
                 values[field.name] = _parse(field.name.upper(), text, field.default)
         return cls(**values)
 
@@ -105,6 +133,11 @@ def _parse(name: str, text: str, default: object) -> object:
         return tuple(part.strip() for part in text.split(",") if part.strip())
     if isinstance(default, str):
         return text
+    if isinstance(default, bool):
+        try:
+            return {"1": True, "true": True, "0": False, "false": False}[text.strip().lower()]
+        except KeyError:
+            raise ConfigError(f"{name} is {text!r}: it must be 1 or 0") from None
     kind, what = (int, "a whole number") if isinstance(default, int) else (float, "a number of seconds")
     try:
         return kind(text)

@@ -4,6 +4,7 @@ from typing import ClassVar
 
 __all__ = (
     "BadRequest",
+    "ChannelLocked",
     "ChatError",
     "ConfigError",
     "EmptyContent",
@@ -67,6 +68,10 @@ class Unavailable(ChatError):
     def __init__(self, message: str, *, sent: bool = False) -> None:
         super().__init__(message)
         self.sent = sent
+
+
+class ChannelLocked(Unavailable):
+    """Another transaction holds the channel: nothing was stored, and other channels are not concerned."""
 
 
 class NonceConflict(ChatError):

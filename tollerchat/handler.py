@@ -42,15 +42,22 @@ class ChatHandler:
             after = message_id_of(request, "after")
             v1 = negotiate(request)
             check_origin(request, self._config)
+            edition = self._hub.access_edition
             await self._repository.check_access(channel_id, identity.user_id)
         except ChatError as exc:
             return error_response(exc)
         client = Client(self._config, self._hub, self._writer, identity, channel_id, v1=v1)
-        return await self._serve(request, client, after)
+        return await self._serve(request, client, after, edition)
 
-    async def _serve(self, request: web.Request, client: Client, after: int | None) -> web.StreamResponse:
+    async def _serve(
+        self, request: web.Request, client: Client, after: int | None, edition: int
+    ) -> web.StreamResponse:
         try:
-            await client.seek(await self._hub.register(client), after)
+            room = await self._hub.register(client)
+            if edition != self._hub.access_edition:
+                # Access was withdrawn from somebody after we looked, and before this client could be found.
+                await self._repository.check_access(client.channel_id, client.user_id)
+            await client.seek(room, after)
             connection = web.WebSocketResponse(
                 protocols=(SUBPROTOCOL,) if client.v1 else (),
                 max_msg_size=self._config.max_frame_size + 1,  # aiohttp refuses frames of exactly its limit

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from tollerchat.config import Config
 from tollerchat.errors import NotFound, Unavailable
-from tollerchat.protocol import CloseCode, OutgoingMessage
-from tollerchat.repository import Repository
+from tollerchat.protocol import CloseCode
+from tollerchat.repository import Repository, Saved
 from tollerchat.room import Room
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Hub:
     def __init__(self, config: Config, repository: Repository) -> None:
         self.rooms: dict[int, Room] = {}
         self.draining = False
+        self.access_edition = 0  # counts what makes earlier looks at who may be where stale
         self._config = config
         self._repository = repository
         self._lock = asyncio.Lock()
@@ -77,13 +78,10 @@ class Hub:
         for room in rooms:
             room.end_commit()
 
-    def broadcast(self, channel_id: int, previous: int, messages: Sequence[OutgoingMessage]) -> None:
-        """Give committed messages, in id order, to all clients of the channel but their senders.
-
-        `previous` is the id that the channel had before them.
-        """
+    def broadcast(self, channel_id: int, messages: Sequence[Saved]) -> None:
+        """Give committed messages, in id order, to all clients of the channel but their senders."""
         if room := self.rooms.get(channel_id):
-            room.commit(previous, messages)
+            room.commit(messages)
 
     async def newest_id(self, channel_id: int) -> int:
         """The newest message id of a channel in the log. Raises `Unavailable`."""
@@ -113,18 +111,21 @@ class Hub:
 
     def channel_deleted(self, channel_id: int) -> None:
         """Close all connections of a channel that is gone."""
+        self.access_edition += 1
         if room := self.rooms.get(channel_id):
             for client in room.clients:
                 client.close(CloseCode.CHANNEL_DELETED, "the channel was deleted")
 
     def user_deleted(self, user_id: int) -> None:
         """Close all connections of a user who is gone."""
+        self.access_edition += 1
         for client in self._clients():
             if client.user_id == user_id:
                 client.close(CloseCode.ACCESS_WITHDRAWN, "the user was deleted")
 
     async def check_access(self, channel_id: int) -> None:
         """Close the connections of those who may not be in a channel any more. Raises `Unavailable`."""
+        self.access_edition += 1
         if (room := self.rooms.get(channel_id)) is None:
             return
         users = {client.user_id for client in room.clients}
@@ -137,10 +138,13 @@ class Hub:
             if client.user_id in withdrawn:
                 client.close(CloseCode.ACCESS_WITHDRAWN, "access to the channel was withdrawn")
 
-    async def check_all_access(self) -> None:
-        """Find what no notification told: who may not stay. Raises `Unavailable`."""
-        for channel_id in list(self.rooms):
-            await self.check_access(channel_id)
+    async def resync(self) -> None:
+        """Find all that no notification told, after some may have been lost. Raises `Unavailable`."""
+        self.access_edition += 1
+        for room in list(self.rooms.values()):
+            room.forget()
+            await self.check_access(room.channel_id)
+        await self.compare_with_log()
 
     # -- all clients -------------------------------------------------------------------------------
 

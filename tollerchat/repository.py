@@ -11,7 +11,15 @@ import msgspec
 import psycopg2
 
 from tollerchat.config import Config
-from tollerchat.errors import ChatError, Forbidden, InvalidContent, NonceConflict, NotFound, Unavailable
+from tollerchat.errors import (
+    ChannelLocked,
+    ChatError,
+    Forbidden,
+    InvalidContent,
+    NonceConflict,
+    NotFound,
+    Unavailable,
+)
 from tollerchat.protocol import OutgoingMessage
 
 __all__ = ("NewMessage", "Repository", "SaveResult", "Saved", "apply_schema", "connect", "read_schema")
@@ -26,12 +34,15 @@ _COLUMNS = """content, coalesce(user_id, 0), channel_id, id,
     to_char(coalesce(created_at, 'epoch') AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
 
 _LAST = f"SELECT {_COLUMNS} FROM messages WHERE channel_id = %s AND id <= %s ORDER BY id DESC LIMIT %s"
-_AFTER = (
-    f"SELECT {_COLUMNS} FROM messages WHERE channel_id = %s AND id > %s AND id <= %s ORDER BY id LIMIT %s"
-)
+_AFTER = f"""
+    SELECT {_COLUMNS} FROM messages WHERE channel_id = %s AND id > %s AND id <= %s
+    ORDER BY id LIMIT %s"""
 _NTH_NEWEST = """
     SELECT id FROM messages WHERE channel_id = %s AND id > %s AND id <= %s
     ORDER BY id DESC OFFSET %s LIMIT 1"""
+_NONCES = """
+    SELECT user_id, nonce, id FROM messages
+    WHERE channel_id = %s AND (user_id, nonce) IN (SELECT * FROM unnest(%s::int[], %s::text[]))"""
 _NEWEST = """
     SELECT channel_id, (SELECT max(id) FROM messages WHERE messages.channel_id = asked.channel_id)
     FROM unnest(%s::int[]) AS asked (channel_id)"""
@@ -58,7 +69,7 @@ _SAVE = f"""
 # `previous` (once per channel) is what the channel had before: main queries do not see what CTEs insert.
 _PREPARE_SAVE = """
     SET tollerchat.writer = 'on';
-    SET lock_timeout = '500ms';
+    SET lock_timeout = '100ms';
     SET plan_cache_mode = force_generic_plan;
     SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off;
     PREPARE tollerchat_save (json) AS
@@ -108,10 +119,11 @@ class NewMessage(msgspec.Struct, gc=False):
 
 
 class Saved(NamedTuple):
-    """A committed message; `repeated` if it was stored by an earlier call, under the same nonce."""
+    """A committed message."""
 
     message: OutgoingMessage
-    repeated: bool
+    repeated: bool  # stored by an earlier call, under the same nonce
+    previous: int  # the id that the channel had right before it, 0 if none; if repeated, of no meaning
 
 
 SaveResult = Saved | ChatError
@@ -214,6 +226,14 @@ class Repository:
         rows = await self._read(_NTH_NEWEST, (channel_id, after, until, n))
         return rows[0][0] if rows else None
 
+    async def ids_of_nonces(
+        self, channel_id: int, names: Sequence[tuple[int, str]]
+    ) -> dict[tuple[int, str], int]:
+        """The ids of the messages with these users and nonces, as far as they are stored."""
+        parameters = (channel_id, [user_id for user_id, _ in names], [nonce for _, nonce in names])
+        rows = await self._read(_NONCES, parameters)
+        return {(user_id, nonce): message_id for user_id, nonce, message_id in rows}
+
     async def newest_ids(self, channel_ids: Iterable[int]) -> dict[int, int]:
         """The newest message id of each channel, 0 for an empty one."""
         rows = await self._read(_NEWEST, (list(channel_ids),))
@@ -233,15 +253,14 @@ class Repository:
 
     async def save_message(self, message: NewMessage) -> OutgoingMessage:
         """Store one message and return it as committed. Raises what `save_messages` returns."""
-        (result,), _ = await self.save_messages([message])
+        (result,) = await self.save_messages([message])
         if isinstance(result, ChatError):
             raise result
         return result.message
 
-    async def save_messages(self, batch: Sequence[NewMessage]) -> tuple[list[SaveResult], dict[int, int]]:
-        """Store a batch in one transaction.
+    async def save_messages(self, batch: Sequence[NewMessage]) -> list[SaveResult]:
+        """Store a batch in one transaction, and return one result per message, in order.
 
-        Returns one result per message, in order, and for each channel the newest id it had before.
         A message that cannot be stored gets its error and leaves the others alone. A nonce that was
         seen before gives the original message, or `NonceConflict` if the content differs; `batch`
         must not have the same nonce of the same user and channel twice.
@@ -253,29 +272,30 @@ class Repository:
         except psycopg2.errors.LockNotAvailable:
             # Somebody holds a channel for long, an idle transaction say: the others must not suffer.
             if len(channel_ids) == 1:
-                return [Unavailable("the channel is locked by another transaction")] * len(batch), {}
+                return [ChannelLocked("the channel is locked by another transaction")] * len(batch)
             return await self._save_parts(batch, lambda _, message: message.channel_id)
         except _ROW_REFUSALS as exc:
             if len(batch) == 1:
                 logger.warning("the database refused a message: %s", exc.pgcode)
-                return [InvalidContent("the database refused the message")], {}
+                return [InvalidContent("the database refused the message")]
             return await self._save_parts(batch, lambda n, _: n * 2 // len(batch))
         return _results(batch, rows)
 
     async def _save_parts(
         self, batch: Sequence[NewMessage], part_of: Callable[[int, NewMessage], int]
-    ) -> tuple[list[SaveResult], dict[int, int]]:
+    ) -> list[SaveResult]:
         """Store a batch that failed as a whole in smaller parts; of one channel, in their order."""
         parts: dict[int, list[int]] = {}
         for n, message in enumerate(batch):
             parts.setdefault(part_of(n, message), []).append(n)
         results: dict[int, SaveResult] = {}
-        previous: dict[int, int] = {}
         for numbers in parts.values():
-            part_results, part_previous = await self.save_messages([batch[n] for n in numbers])
-            results.update(zip(numbers, part_results, strict=True))
-            previous = part_previous | previous  # the first part of a channel knows what was before
-        return [results[n] for n in range(len(batch))], previous
+            try:
+                part = await self.save_messages([batch[n] for n in numbers])
+            except Unavailable as exc:  # not of the parts before, which are committed
+                part = [exc] * len(numbers)
+            results.update(zip(numbers, part, strict=True))
+        return [results[n] for n in range(len(batch))]
 
     async def _execute(self, pool: aiopg.Pool | None, sql: str, parameters: Any) -> list[tuple[Any, ...]]:
         """Run one query. Raises `Unavailable`, or one of `_REFUSALS` as it is."""
@@ -303,30 +323,29 @@ class Repository:
             raise Unavailable("the database is not reachable", sent=conn is not None) from exc
 
 
-def _results(
-    batch: Sequence[NewMessage], rows: Iterable[tuple[Any, ...]]
-) -> tuple[list[SaveResult], dict[int, int]]:
+def _results(batch: Sequence[NewMessage], rows: Iterable[tuple[Any, ...]]) -> list[SaveResult]:
     """Read the answer of `tollerchat_save`."""
     results: list[SaveResult] = []
-    previous: dict[int, int] = {}
+    newest: dict[int, int] = {}  # of each channel, as the rows are gone through
     for new, row in zip(batch, rows, strict=True):
         message_id, old_id, old_content, channel_exists, user_exists, created_at, channel_previous = row
         if channel_previous is not None:
-            previous[new.channel_id] = channel_previous
+            newest[new.channel_id] = channel_previous
         if old_id is not None and old_content != new.content:
             results.append(NonceConflict("this nonce was used for a message with other content"))
         elif old_id is not None:
             stored = OutgoingMessage(new.content, new.user_id, new.channel_id, old_id, created_at)
-            results.append(Saved(stored, repeated=True))
+            results.append(Saved(stored, repeated=True, previous=0))
         elif message_id is not None:
             stored = OutgoingMessage(new.content, new.user_id, new.channel_id, message_id, created_at)
-            results.append(Saved(stored, repeated=False))
+            results.append(Saved(stored, repeated=False, previous=newest[new.channel_id]))
+            newest[new.channel_id] = message_id
         elif not channel_exists:
             results.append(NotFound(f"channel {new.channel_id} does not exist"))
         else:
             assert not user_exists
             results.append(NotFound(f"user {new.user_id} does not exist"))
-    return results, previous
+    return results
 
 
 def read_schema() -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from tollerchat.errors import Unavailable
 from tollerchat.protocol import MAX_BIGINT, OutgoingMessage, encode
-from tollerchat.repository import Repository
+from tollerchat.repository import Repository, Saved
 
 if TYPE_CHECKING:
     from tollerchat.client import Client
@@ -27,6 +27,7 @@ PAGE_SIZE: Final = 64
 RECENT_FRAMES: Final = 256
 RECENT_BYTES: Final = 256 * 1024
 
+REACH_TIMEOUT: Final = 5.0  # seconds
 RETRY_DELAY: Final = 0.5  # seconds, while the database is away
 
 LogFrame = tuple[int, bytes]  # message_id, encoded frame
@@ -53,6 +54,7 @@ class Room:
         self._edition = 0  # counts what makes earlier readings of the log stale
         self._loading: asyncio.Task[None] | None = None
         self._catching_up: asyncio.Task[None] | None = None
+        self._head_moved: asyncio.Future[None] | None = None
         self._commits_in_flight = 0
         self._heard = 0  # the newest id announced by anybody
         self._target = 0  # the newest id that the room may read from the log
@@ -75,14 +77,16 @@ class Room:
         while edition != self._edition:  # what was read may have been deleted while it was read
             edition = self._edition
             until = self.head if self._loaded else MAX_BIGINT
-            messages = await self._repository.load_last_messages(self.channel_id, until, self._history_size)
+            # One more than is sent to those who join: it tells exactly where the others begin.
+            size = self._history_size + 1
+            messages = await self._repository.load_last_messages(self.channel_id, until, size)
         frames = [(message.message_id, encode(message)) for message in messages]
         if not self._loaded:
-            self.head = frames[-1][0] if frames else 0
+            self._move_head(frames[-1][0] if frames else 0)
             self._loaded = True
         elif self._floor > until:
             return  # so much came meanwhile that the recent frames are enough by now
-        self._floor = frames[0][0] - 1 if len(frames) == self._history_size else 0
+        self._floor = frames.pop(0)[0] if len(frames) == size else 0
         frames.extend(frame for frame in self._recent if frame[0] > until)
         self._recent.clear()
         self._recent_size = 0
@@ -107,11 +111,17 @@ class Room:
         self._commits_in_flight -= 1
         self._pursue()
 
-    def commit(self, previous: int, messages: Sequence[OutgoingMessage]) -> None:
-        """Take what this server committed, in id order; `previous` is the id the channel had before."""
-        if self._loaded and previous <= self.head:
-            self._extend(messages)
-        self._target = max(self._target, messages[-1].message_id)
+    def commit(self, saved: Sequence[Saved]) -> None:
+        """Take what this server committed, in id order."""
+        following: list[OutgoingMessage] = []
+        head = self.head
+        for message, _, previous in saved:
+            if previous > head or not self._loaded:
+                break  # somebody else wrote in between: the rest is read from the log
+            following.append(message)
+            head = message.message_id
+        self._extend(following)
+        self._target = max(self._target, saved[-1].message.message_id)
         self._pursue()
 
     def hint(self, message_id: int) -> None:
@@ -127,10 +137,15 @@ class Room:
         self._floor = self.head
 
     async def reach(self, message_id: int) -> None:
-        """Catch up with the log as far as `message_id`, where the log has it."""
+        """Wait until the head is at `message_id`, which the log has. Raises `Unavailable`."""
         self.hint(message_id)
-        if self._catching_up is not None:
-            await asyncio.shield(self._catching_up)
+        while self.head < message_id:
+            if self._head_moved is None:
+                self._head_moved = asyncio.get_running_loop().create_future()
+            try:
+                await asyncio.wait_for(asyncio.shield(self._head_moved), REACH_TIMEOUT)
+            except asyncio.TimeoutError:
+                raise Unavailable("the channel's log cannot be read: connect again") from None
 
     def _pursue(self) -> None:
         # A hint may be of a commit in flight, whose frames its sender must not get. After the answer
@@ -148,22 +163,39 @@ class Room:
                     messages = await self._repository.load_messages_after(
                         self.channel_id, self.head, target, PAGE_SIZE
                     )
+                    await self._recognise()
                 except Unavailable as exc:
                     logger.warning("channel %d cannot catch up yet: %s", self.channel_id, exc)
                     await asyncio.sleep(RETRY_DELAY)
                     continue
                 self._extend(messages)
                 if len(messages) < PAGE_SIZE:
-                    self.head = max(self.head, target)  # the rest was deleted before we read it
+                    self._move_head(max(self.head, target))  # the rest was deleted before we read it
         finally:
             self._catching_up = None
+
+    async def _recognise(self) -> None:
+        """Find out which messages of unknown fate are in the log: their senders must not get them."""
+        senders = {(client.user_id, nonce): client for client in self.clients for nonce in client.unsettled}
+        if senders:
+            ids = await self._repository.ids_of_nonces(self.channel_id, list(senders))
+            for name, message_id in ids.items():
+                senders[name].own.add(message_id)
+                senders[name].unsettled.discard(name[1])
+
+    def _move_head(self, message_id: int) -> None:
+        self.head = message_id
+        if self._head_moved is not None:
+            self._head_moved.set_result(None)
+            self._head_moved = None
 
     def _extend(self, messages: Sequence[OutgoingMessage]) -> None:
         """Move the head: one blob for all live clients."""
         frames = [(m.message_id, encode(m)) for m in messages if m.message_id > self.head]
         if not frames:
             return
-        before, self.head = self.head, frames[-1][0]
+        before = self.head
+        self._move_head(frames[-1][0])
         self._remember(frames)
         blob = b"".join(data for _, data in frames)
         lagging = []
@@ -214,4 +246,4 @@ class Room:
         """Pass a frame that is not stored to all live clients but its sender."""
         for client in self.live:
             if client is not sender:
-                client.write(data)
+                client.offer(data)

@@ -9,9 +9,8 @@ from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from tollerchat.config import Config
-from tollerchat.errors import ChatError, Unavailable
+from tollerchat.errors import ChannelLocked, ChatError, Unavailable
 from tollerchat.hub import Hub
-from tollerchat.protocol import OutgoingMessage
 from tollerchat.repository import NewMessage, Repository, Saved, SaveResult
 
 __all__ = ("MessageWriter", "Sender")
@@ -47,6 +46,7 @@ class MessageWriter:
         self._repository = repository
         self._hub = hub
         self._waiting: deque[Submission] = deque()
+        self._parked: dict[int, list[Submission]] = {}  # of channels that somebody else holds
         self._work = asyncio.Event()  # there is something to store
         self._idle = asyncio.Event()  # there is nothing to store, and nothing being stored
         self._idle.set()
@@ -73,14 +73,18 @@ class MessageWriter:
         while True:
             await self._work.wait()
             while self._waiting:
-                batch = self._take_batch()
+                if not (batch := self._take_batch()):
+                    break
                 rooms = self._hub.begin_commit({submission.message.channel_id for submission in batch})
                 try:
                     await self._store(batch)
+                except Exception:  # the rows may be stored: the log has them, and the writer must go on
+                    logger.exception("the answers to %d messages could not be dealt with", len(batch))
                 finally:
                     self._hub.end_commit(rooms)
             self._work.clear()
-            self._idle.set()
+            if not self._parked:
+                self._idle.set()
 
     def _take_batch(self) -> list[Submission]:
         """What waits, in order and within bounds, but no nonce twice: the second waits for the first."""
@@ -91,6 +95,9 @@ class MessageWriter:
         while self._waiting and len(batch) < BATCH_MESSAGES and characters < BATCH_CHARACTERS:
             submission = self._waiting.popleft()
             message = submission.message
+            if message.channel_id in self._parked:
+                self._park(submission)
+                continue
             if message.nonce is not None:
                 key = (message.channel_id, message.user_id, message.nonce)
                 if key in nonces:
@@ -102,60 +109,68 @@ class MessageWriter:
         self._waiting.extendleft(reversed(repeated))
         return batch
 
+    def _park(self, submission: Submission) -> None:
+        """Let a message wait for its channel, without holding up the others."""
+        channel_id = submission.message.channel_id
+        if channel_id not in self._parked:
+            self._parked[channel_id] = []
+            asyncio.get_running_loop().call_later(LAST_RETRY_DELAY, self._unpark, channel_id)
+        self._parked[channel_id].append(submission)
+
+    def _unpark(self, channel_id: int) -> None:
+        self._waiting.extendleft(reversed(self._parked.pop(channel_id)))
+        self._work.set()
+
     async def _store(self, batch: list[Submission]) -> None:
         """Try until each message has its answer or its deadline is over."""
         delay = FIRST_RETRY_DELAY
         while True:
             try:
-                results, previous = await self._repository.save_messages([each.message for each in batch])
+                results = await self._repository.save_messages([each.message for each in batch])
             except Unavailable as exc:
                 logger.warning("%d messages are not stored yet: %s", len(batch), exc)
-                results, previous = [exc] * len(batch), {}
+                results = [exc] * len(batch)
             except Exception:
                 logger.exception("%d messages could not be stored", len(batch))
-                results, previous = [Unavailable("the message could not be stored")] * len(batch), {}
-            retry = self._answer(batch, results, previous)
-            if not retry:
+                results = [Unavailable("the message could not be stored", sent=True)] * len(batch)
+            batch = self._answer(batch, results)
+            if not batch:
                 return
             await asyncio.sleep(delay)
             delay = min(delay * 2, LAST_RETRY_DELAY)
-            batch = retry
 
-    def _answer(
-        self, batch: Sequence[Submission], results: Iterable[SaveResult], previous: dict[int, int]
-    ) -> list[Submission]:
+    def _answer(self, batch: Sequence[Submission], results: Iterable[SaveResult]) -> list[Submission]:
         """Broadcast what is committed, then tell the senders; returns what is worth another try."""
-        now = asyncio.get_running_loop().time()
         retry: list[Submission] = []
-        refused: list[tuple[Submission, ChatError]] = []
-        stored: list[tuple[Submission, Saved]] = []
-        committed: dict[int, list[OutgoingMessage]] = {}
+        answers: list[tuple[Submission, SaveResult]] = []
+        committed: dict[int, list[Saved]] = {}
         for submission, result in zip(batch, results, strict=True):
-            if (
-                isinstance(result, Unavailable)
-                and now < submission.deadline
-                and _may_retry(submission, result)
-            ):
-                retry.append(submission)
-            elif isinstance(result, ChatError):
-                refused.append((submission, result))
-            else:
-                stored.append((submission, result))
+            if isinstance(result, Saved):
                 # Before the broadcast: from now on, this is how its sender does not get it.
                 submission.sender.own.add(result.message.message_id)
                 if result.repeated:
                     self._hub.hint(result.message.channel_id, result.message.message_id)
                 else:
-                    committed.setdefault(result.message.channel_id, []).append(result.message)
-        for channel_id, messages in committed.items():
-            self._hub.broadcast(channel_id, previous[channel_id], messages)
-        for submission, saved in stored:
-            submission.sender.stored(saved, submission.message.nonce)
-        for submission, error in refused:
-            submission.sender.refused(error, submission.message.nonce)
+                    committed.setdefault(result.message.channel_id, []).append(result)
+            elif self._may_retry(submission, result):
+                if isinstance(result, ChannelLocked):
+                    self._park(submission)
+                else:
+                    retry.append(submission)
+                continue
+            answers.append((submission, result))
+        for channel_id, saved in committed.items():
+            self._hub.broadcast(channel_id, saved)
+        for submission, result in answers:
+            if isinstance(result, Saved):
+                submission.sender.stored(result, submission.message.nonce)
+            else:
+                submission.sender.refused(result, submission.message.nonce)
         return retry
 
-
-def _may_retry(submission: Submission, error: Unavailable) -> bool:
-    """Whether another try can not store the message twice: only a nonce tells if the first one did."""
-    return submission.message.nonce is not None or not error.sent
+    def _may_retry(self, submission: Submission, error: ChatError) -> bool:
+        """Whether another try is in time, and cannot store the message twice."""
+        if not isinstance(error, Unavailable) or asyncio.get_running_loop().time() >= submission.deadline:
+            return False
+        # Where an answer was lost, only a nonce can tell whether the message is stored.
+        return submission.message.nonce is not None or not error.sent
