@@ -6,7 +6,8 @@ import dataclasses
 import aiohttp
 import pytest
 
-from tests.support import token
+from tests.support import token, until
+from tollerchat.app import hub_key
 
 UPGRADE = {
     "Connection": "Upgrade",
@@ -125,10 +126,8 @@ async def test_health_is_ok_while_all_is_well(server):
 
 
 async def test_request_that_is_abandoned_during_the_handshake_leaves_nothing_behind(server):
-    from tollerchat.app import hub_key
-
     for _ in range(20):
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
         lines = "".join(f"{name}: {value}\r\n" for name, value in UPGRADE.items())
         request = f"GET /ws/channel/1?token={token()} HTTP/1.1\r\nHost: x\r\n{lines}\r\n"
         writer.write(request.encode())
@@ -137,10 +136,7 @@ async def test_request_that_is_abandoned_during_the_handshake_leaves_nothing_beh
     await survivor.send("still here")
     await survivor.settled()
     await survivor.socket.close()
-    deadline = asyncio.get_running_loop().time() + 5
-    while server.app[hub_key].rooms:
-        assert asyncio.get_running_loop().time() < deadline
-        await asyncio.sleep(0.01)
+    await until(lambda: not server.app[hub_key].rooms)
 
 
 async def test_handshake_with_aiohttps_own_client_names_the_status(server):

@@ -20,7 +20,7 @@ logger = logging.getLogger("tollerchat.bus")
 RETRY_DELAY = 0.5  # seconds between attempts to connect
 PROBE_INTERVAL = 5.0  # seconds between probes of the connection, which also look for lost hints
 
-# aiopg raises AssertionError on a broken connection, uvloop RuntimeError where a descriptor is reused too soon.
+# AssertionError: aiopg, on a broken connection. RuntimeError: uvloop, on a descriptor reused too soon.
 _FAILURES = (psycopg2.Error, OSError, asyncio.TimeoutError, AssertionError, RuntimeError, Unavailable)
 
 

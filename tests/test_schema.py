@@ -1,0 +1,92 @@
+"""schema.sql: idempotent, and an upgrade of the original's tables that loses nothing."""
+
+import contextlib
+
+import psycopg2
+import pytest
+
+from tests.support import SEED_DDL, psql
+from tollerchat.repository import read_schema
+
+
+@pytest.fixture
+def seed(database):
+    """An empty database with the original's tables and no more."""
+    database.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    database.execute(SEED_DDL)
+    database.execute("INSERT INTO users (username) VALUES ('alice'), ('bob')")
+    database.execute("INSERT INTO channels (name) VALUES ('open'), ('closed')")
+    return database
+
+
+def column_types(database):
+    return dict(
+        database.execute(
+            """SELECT attname::text, format_type(atttypid, NULL) FROM pg_attribute
+            WHERE attrelid = 'messages'::regclass AND attnum > 0 AND NOT attisdropped"""
+        )
+    )
+
+
+def test_schema_may_be_applied_again_and_again(database):
+    database.insert("kept")
+    for _ in range(3):
+        database.execute(read_schema())
+    assert database.contents() == ["kept"]
+
+
+def test_upgrade_widens_ids_and_times(seed):
+    seed.execute("SET TIME ZONE 'America/New_York'")  # whatever the zone, the original's times are UTC
+    seed.execute(
+        "INSERT INTO messages (channel_id, user_id, content, created_at) VALUES (1, 1, 'old', '2024-05-06 07:08:09')"
+    )
+    seed.execute(read_schema())
+    types = column_types(seed)
+    assert types["id"] == "bigint"
+    assert types["created_at"] == "timestamp with time zone"
+    assert types["nonce"] == "text"
+    ((created_at,),) = seed.execute("SELECT created_at AT TIME ZONE 'UTC' FROM messages")
+    assert str(created_at) == "2024-05-06 07:08:09"
+    assert seed.execute("SELECT data_type FROM pg_sequences WHERE sequencename = 'messages_id_seq'") == [
+        ("bigint",)
+    ]
+
+
+def test_channels_that_had_members_become_private(seed):
+    seed.execute("INSERT INTO channel_users (user_id, channel_id) VALUES (1, 2)")
+    seed.execute(read_schema())
+    assert seed.execute("SELECT id, is_private FROM channels ORDER BY id") == [(1, False), (2, True)]
+    seed.execute("INSERT INTO channel_users (user_id, channel_id) VALUES (1, 1)")
+    seed.execute(read_schema())
+    assert seed.execute("SELECT is_private FROM channels WHERE id = 1") == [(False,)]
+
+
+async def test_rows_without_user_or_time_are_readable(database, serve, config):
+    """The original's columns are nullable, so there may be such rows."""
+    database.execute("INSERT INTO messages (channel_id, content, created_at) VALUES (1, 'bare', NULL)")
+    server = await serve(config)
+    frame = await (await server.connect(1)).receive()
+    assert (frame["content"], frame["user_id"], frame["created_at"][:4]) == ("bare", 0, "1970")
+
+
+def test_ids_ascend_in_commit_order_whoever_writes(database):
+    """A transaction that took its id first but commits last gets a new one."""
+    sql = "INSERT INTO messages (channel_id, user_id, content) VALUES (1, 1, %s) RETURNING id"
+    ((early_id,),) = database.execute("SELECT nextval('messages_id_seq')")
+    psql(database.url, sql, "committed first")
+    database.execute(
+        "INSERT INTO messages (id, channel_id, user_id, content) VALUES (%s, 1, 1, 'late')", early_id
+    )
+    assert database.contents() == ["committed first", "late"]
+
+
+def test_two_transactions_of_one_channel_wait_for_each_other(database):
+    sql = "INSERT INTO messages (channel_id, user_id, content) VALUES (%s, 1, 'x')"
+    with contextlib.closing(psycopg2.connect(database.url)) as slow, slow.cursor() as cursor:
+        cursor.execute(sql, (1,))
+        database.execute("SET lock_timeout = '100ms'")
+        with pytest.raises(psycopg2.errors.LockNotAvailable):
+            database.execute(sql, 1)
+        database.execute(sql, 2)
+        slow.rollback()
+    database.execute(sql, 1)
