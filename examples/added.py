@@ -1,7 +1,7 @@
 """The chat's routes added to an application one has, without the web chat, and its parts used from there.
 
-    DB_URL=postgresql://... JWT_SECRET=... python examples/added.py
-    curl -X POST http://127.0.0.1:8080/announce/1 -d "Lunch is ready"
+DB_URL=postgresql://... JWT_SECRET=... python examples/added.py
+curl -X POST http://127.0.0.1:8080/announce/1 -d "Lunch is ready"
 """
 
 from aiohttp import web

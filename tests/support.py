@@ -98,7 +98,7 @@ async def until(condition):
     deadline = time.monotonic() + WAIT
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true"
-        await asyncio.sleep(0.01)  # noqa: ASYNC110 - any condition, also of other processes
+        await asyncio.sleep(0.01)
 
 
 class Chatter:

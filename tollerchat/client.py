@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Protocol
 
@@ -39,6 +41,7 @@ logger = logging.getLogger("tollerchat.client")
 
 # Bytes that may wait in a connection's buffer; beyond, the client is lagging and gets no live frames.
 BUFFER_LIMIT: Final = 64 * 1024
+SEND_BUFFER: Final = 128 * 1024  # bytes in the kernel, for one connection
 TYPING_INTERVAL: Final = 1.0  # seconds
 CLOSE_TIMEOUT: Final = 2.0  # seconds for the closing handshake; then the connection is aborted
 
@@ -90,6 +93,7 @@ class Client:
         self._refusal: tuple[int, str] | None = None  # a close() that came before run()
         self._pump: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
+        self._draining: asyncio.Task[None] | None = None
         # Set by run()
         self._room: Room
         self._connection: Connection
@@ -127,6 +131,8 @@ class Client:
         self._connection, self._transport, self._drain = connection, transport, drain
         self._running = True
         transport.set_write_buffer_limits(high=BUFFER_LIMIT)
+        # The kernel's buffer would grow to megabytes, and hide for seconds that a slow client does read.
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self._seen()
         self._next_ping = self._last_seen + random.uniform(0.5, 1.0) * self._config.ping_interval
         try:
@@ -151,6 +157,9 @@ class Client:
         if self._pump is not None:
             self._pump.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._draining is not None and not self._draining.done():
+            self._transport.abort()
+            await asyncio.gather(self._draining, return_exceptions=True)
         self.ended.set()
 
     def close(self, code: int, reason: str) -> None:
@@ -162,11 +171,12 @@ class Client:
             self._closing = asyncio.create_task(self._close(code, reason))
 
     async def _close(self, code: int, reason: str) -> None:
-        try:
-            await asyncio.wait_for(self._connection.close(code=code, message=reason.encode()), CLOSE_TIMEOUT)
-        except asyncio.TimeoutError:
+        closing = asyncio.ensure_future(self._connection.close(code=code, message=reason.encode()))
+        done, _ = await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT)
+        if not done:
             logger.info("user %d did not close within %s s: aborted", self.user_id, CLOSE_TIMEOUT)
-            self._transport.abort()
+            self._transport.abort()  # which ends whatever close() waits for
+        await asyncio.gather(closing, return_exceptions=True)
 
     def abort(self) -> None:
         """End the connection at once: the peer is dead."""
@@ -352,10 +362,14 @@ class Client:
         """Wait until the client has read most of what was written. Raises `TooSlow`."""
         while self._full():
             before = self._transport.get_write_buffer_size()
-            try:
-                await asyncio.wait_for(self._drain(), self._config.write_timeout)
-            except ConnectionError:
-                return
-            except asyncio.TimeoutError:
-                if self._full() and self._transport.get_write_buffer_size() >= before:  # not even slowly
-                    raise TooSlow from None
+            # aiohttp lets all who drain wait for one future, and a cancelled one would break it for the
+            # others, for its close() too: so one task waits for all of us, and is never cancelled.
+            if self._draining is None or self._draining.done():
+                self._draining = asyncio.ensure_future(self._drain_quietly())
+            await asyncio.wait({self._draining}, timeout=self._config.write_timeout)
+            if self._full() and self._transport.get_write_buffer_size() >= before:
+                raise TooSlow  # not even slowly
+
+    async def _drain_quietly(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            await self._drain()

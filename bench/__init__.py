@@ -1,0 +1,1 @@
+"""Benchmarks of tollerchat: `python -m bench`, or `python -m bench NAME ...` (Linux)."""

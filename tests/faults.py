@@ -1,0 +1,503 @@
+"""Faults to inject, with the real thing: a PostgreSQL and a server that die, sockets that stop reading; the checker."""
+
+import asyncio
+import base64
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import psycopg2
+
+from tests.support import SECRET, WAIT, Template, psql, token
+
+__all__ = (
+    "Cluster",
+    "Log",
+    "Proxy",
+    "RawClient",
+    "Row",
+    "ServerProcess",
+    "check",
+    "in_thread",
+    "rows_of",
+    "unframe",
+)
+
+
+async def in_thread(function, *arguments):
+    """Run something that blocks, so that the clients of the test live on meanwhile."""
+    return await asyncio.get_running_loop().run_in_executor(None, function, *arguments)
+
+
+def _until(condition, what, seconds=WAIT):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+class Cluster:
+    """A PostgreSQL of one's own, to be stopped, killed and frozen; made by the programs of the one at `url`."""
+
+    def __init__(self, url, **settings):
+        ((bin_dir, data_dir),) = psql(
+            url, "SELECT setting, current_setting('data_directory') FROM pg_config WHERE name = 'BINDIR'"
+        )
+        owner = os.stat(data_dir)  # PostgreSQL refuses to run as root
+        self._as = {}
+        if os.geteuid() == 0:
+            self._as = {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []}
+        self._directory = Path(tempfile.mkdtemp(prefix="tollerchat-"))  # short: it has the socket too
+        os.chown(self._directory, owner.st_uid, owner.st_gid)
+        self._bin = Path(bin_dir)
+        self._process = None
+        self._settings = {"listen_addresses": "", "fsync": "off", "max_connections": "20", **settings}
+        self.url = f"postgresql://postgres@/postgres?host={self._directory}"
+        subprocess.run(
+            [self._bin / "initdb", "-D", self._directory / "data", "-U", "postgres", "-A", "trust", "-N", "-E", "UTF8"],
+            check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self._directory, **self._as,
+        )  # fmt: skip
+
+    def start(self):
+        options = [f"--{name}={value}" for name, value in self._settings.items()]
+        with open(self._directory / "log", "ab") as log:
+            self._process = subprocess.Popen(
+                [self._bin / "postgres", "-D", self._directory / "data", "-k", self._directory, *options],
+                stdout=log, stderr=log, cwd=self._directory, **self._as,
+            )  # fmt: skip
+        _until(self.answers, "PostgreSQL did not start")
+
+    def answers(self):
+        try:
+            psql(self.url, "SELECT 1")
+        except psycopg2.OperationalError:
+            return False
+        return True
+
+    def database(self):
+        """A fresh database with our schema and the test data; returns its URL."""
+        Template.FRESH.create(self.url)
+        return self.url.replace("/postgres?", f"/{Template.FRESH.database}?")
+
+    def backends(self):
+        return psutil.Process(self._process.pid).children()
+
+    def restart(self):
+        self.stop()
+        self.start()
+
+    def stop(self):
+        """Stop as an operator does: connections are cut, nothing is lost."""
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait(WAIT)
+
+    def kill(self):
+        """Kill -9, the postmaster first, so that it restarts nothing."""
+        backends = self.backends()
+        self._process.kill()
+        self._process.wait(WAIT)
+        for backend in backends:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                backend.kill()
+        psutil.wait_procs(backends, timeout=WAIT)
+
+    def freeze(self):
+        self._process.send_signal(signal.SIGSTOP)
+        for backend in self.backends():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                backend.suspend()
+
+    def thaw(self):
+        for backend in self.backends():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                backend.resume()
+        self._process.send_signal(signal.SIGCONT)
+
+    def close(self):
+        if self._process is not None and self._process.poll() is None:
+            self.thaw()
+            self.kill()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+class ServerProcess:
+    """`python -m tollerchat` as a process of its own. It keeps its port over restarts."""
+
+    def __init__(self, db_url, **settings):
+        self._environ = {**os.environ, "DB_URL": db_url, "JWT_SECRET": SECRET, "PORT": "0"}
+        self._environ.update({name.upper(): str(value) for name, value in settings.items()})
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = None
+        self.port = None
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self):
+        start_of_log = self._log.seek(0, os.SEEK_END)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tollerchat"], env=self._environ, stdout=self._log, stderr=self._log
+        )
+
+        def listens():
+            assert self._process.poll() is None, self.log()
+            found = re.search(r"listening on http://127\.0\.0\.1:(\d+)", self.log()[start_of_log:])
+            if found:
+                self.port = int(found[1])
+                self._environ["PORT"] = found[1]
+            return found
+
+        _until(listens, "the server did not start")
+
+    def log(self):
+        self._log.seek(0)
+        return self._log.read().decode()
+
+    def complaints(self):
+        """What a server never says, whatever happens to it: exceptions nobody caught."""
+        return [
+            line for line in self.log().splitlines() if re.search(r"Traceback|CRITICAL|never retrieved", line)
+        ]
+
+    def signal(self, number):
+        self._process.send_signal(number)
+
+    def kill(self):
+        self._process.kill()
+        self._process.wait(WAIT)
+
+    def wait(self, seconds=WAIT):
+        """Wait for the end; returns the exit status."""
+        return self._process.wait(seconds)
+
+    def descriptors(self):
+        """How many it has open, but for Unix sockets: those are the pool of the database."""
+        proc = Path(f"/proc/{self._process.pid}")
+        unix = {f"socket:[{line.split()[6]}]" for line in (proc / "net/unix").read_text().splitlines()[1:]}
+        count = 0
+        for descriptor in (proc / "fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                count += os.readlink(descriptor) not in unix
+        return count
+
+    def memory(self):
+        """Resident bytes."""
+        return psutil.Process(self._process.pid).memory_info().rss
+
+    def cpu(self):
+        """Seconds of CPU used so far."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return times.user + times.system
+
+    def close(self):
+        if self._process is not None and self._process.poll() is None:
+            self.kill()
+        self._log.close()
+
+
+class Proxy:
+    """TCP in front of PostgreSQL's socket that can lose the answer to a commit.
+
+    While `lose` is a text: the next query that contains it is passed on, its answer is awaited, so that
+    it is committed, and then the connection is cut instead. While `down` is true, no connection is let in.
+    """
+
+    def __init__(self, url):
+        self._path = re.search(r"host=([^&]+)", url)[1].replace("%2F", "/") + "/.s.PGSQL.5432"
+        self._database = re.search(r"/(\w+)\?", url)[1]
+        self._pipes = set()
+        self.lose = None
+        self.lost = 0
+        self.down = False
+
+    async def __aenter__(self):
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        port = self._server.sockets[0].getsockname()[1]
+        self.url = f"postgresql://postgres@127.0.0.1:{port}/{self._database}"
+        return self
+
+    async def __aexit__(self, *_):
+        self._server.close()
+        for task in self._pipes:
+            task.cancel()
+        await asyncio.gather(*self._pipes, return_exceptions=True)
+
+    async def _serve(self, reader, writer):
+        self._pipes.add(asyncio.current_task())
+        with contextlib.suppress(OSError, asyncio.CancelledError):
+            to_database, from_database = None, None
+            try:
+                if self.down:
+                    return
+                from_database, to_database = await asyncio.open_unix_connection(self._path)
+                losing = asyncio.Event()
+                await asyncio.wait(
+                    [
+                        asyncio.ensure_future(self._queries(reader, to_database, losing)),
+                        asyncio.ensure_future(self._answers(from_database, writer, losing)),
+                    ],
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+            finally:
+                for each in (to_database, writer):
+                    if each is not None:
+                        each.transport.abort()
+
+    async def _queries(self, reader, to_database, losing):
+        while data := await reader.read(65536):
+            if self.lose and self.lose.encode() in data:
+                self.lose = None
+                losing.set()
+            to_database.write(data)
+
+    async def _answers(self, from_database, writer, losing):
+        while data := await from_database.read(65536):
+            if losing.is_set():
+                self.lost += 1
+                return
+            writer.write(data)
+
+
+class RawClient:
+    """A WebSocket client on a bare socket: it reads when told to, and can send many frames at once."""
+
+    def __init__(self, sock):
+        self.socket = sock
+        self.code = None  # of the close frame
+        self._data = bytearray()
+
+    @classmethod
+    async def connect(cls, port, user_id=1, channel_id=1, *, after=None, prefix="", buffer=4096):
+        loop = asyncio.get_running_loop()
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)  # else the kernel reads megabytes for it
+        sock.setblocking(False)
+        self = cls(sock)
+        await loop.sock_connect(sock, ("127.0.0.1", port))
+        query = "" if after is None else f"?after={after}"
+        key = base64.b64encode(os.urandom(16)).decode()
+        request = (
+            f"GET {prefix}/ws/channel/{channel_id}{query} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
+            f"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
+            f"Sec-WebSocket-Protocol: tollerchat.v1\r\nAuthorization: Bearer {token(user_id)}\r\n\r\n"
+        )
+        await loop.sock_sendall(sock, request.encode())
+        while b"\r\n\r\n" not in self._data:
+            await self._more()
+        head, _, rest = bytes(self._data).partition(b"\r\n\r\n")
+        assert b" 101 " in head.split(b"\r\n")[0], head
+        self._data = bytearray(rest)
+        return self
+
+    async def send(self, *frames):
+        """Send frames (objects) in one burst."""
+        data = b"".join(_masked(json.dumps(frame, ensure_ascii=False).encode()) for frame in frames)
+        await asyncio.get_running_loop().sock_sendall(self.socket, data)
+
+    async def _more(self):
+        data = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self.socket, 65536), WAIT)
+        self._data += data
+        return len(data)
+
+    async def frame(self):
+        """The next JSON frame; None at the end of the connection, with or without a close frame."""
+        while True:
+            parsed = unframe(self._data)
+            if parsed is None:
+                try:
+                    if await self._more():
+                        continue
+                except ConnectionError:
+                    pass
+                return None
+            opcode, payload, size = parsed
+            del self._data[:size]
+            if opcode == 1:
+                return json.loads(payload)
+            if opcode == 8:
+                self.code = int.from_bytes(payload[:2], "big")
+
+    def close(self):
+        self.socket.close()
+
+
+def _masked(payload):
+    size = len(payload)
+    length = bytes([128 | size]) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
+    return b"\x81" + length + b"\0\0\0\0" + payload
+
+
+def unframe(data):
+    """Opcode, payload and whole size of the frame that `data` starts with, if it is all there."""
+    if len(data) < 2:
+        return None
+    start, size = 2, data[1]
+    if size >= 126:
+        start += 2 if size == 126 else 8
+        if len(data) < start:
+            return None
+        size = int.from_bytes(data[2:start], "big")
+    if len(data) < start + size:
+        return None
+    return data[0] & 15, bytes(data[start : start + size]), start + size
+
+
+# -- the checker -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Row:
+    message_id: int
+    user_id: int
+    content: str
+    nonce: str = None
+    created_at: str = None
+
+
+def rows_of(url, channel_id=1):
+    """The table, in the order of ids."""
+    time_of = """to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
+    sql = f"SELECT id, user_id, content, nonce, {time_of} FROM messages WHERE channel_id = %s ORDER BY id"
+    return [Row(*row) for row in psql(url, sql, channel_id)]
+
+
+@dataclasses.dataclass
+class Log:
+    """What one connection at level tollerchat.v1 sent and received. A client that comes again starts a new one.
+
+    `events` are ("sent" | "received", frame) in order; `complete` is true where the connection was given
+    the time to receive all there was in the end. Each message has a content of its own.
+    """
+
+    name: str
+    user_id: int
+    after: int = None
+    events: list = dataclasses.field(default_factory=list)
+    complete: bool = False
+
+    def sent(self, frame):
+        self.events.append(("sent", frame))
+
+    def received(self, frame):
+        self.events.append(("received", frame))
+
+    def contents(self):
+        """What it sent."""
+        return {
+            frame["content"] for what, frame in self.events if what == "sent" and frame["type"] == "message"
+        }
+
+
+def check(logs, rows, *, deleted=(), history_size=50):
+    """The first broken promise, in words; None if all were kept.
+
+    `rows` are the table, `deleted` are those that were in it once: they need not be received, but may be.
+    """
+    return next(_violations(logs, rows, deleted, history_size), None)
+
+
+def _violations(logs, rows, deleted, history_size):
+    yield from _wrong_rows([*rows, *deleted])
+    known = {row.message_id: row for row in [*rows, *deleted]}
+    senders = collections.defaultdict(set)  # (user, content) -> which connections sent it
+    for log in logs:
+        for content in log.contents():
+            senders[log.user_id, content].add(id(log))
+    for log in logs:
+        yield from _wrong_acks(log, known)
+    for log in logs:
+        yield from _wrong_frames(log, known, senders)
+        yield from _gaps(log, rows, history_size)
+
+
+def _wrong_rows(rows):
+    seen = {}
+    for row in rows:
+        for key in [
+            ("content", row.user_id, row.content),
+            ("nonce", row.user_id, row.nonce or row.message_id),
+        ]:
+            if seen.setdefault(key, row.message_id) != row.message_id:
+                yield f"duplicate row: {seen[key]} and {row.message_id} are the same message, {row.content!r}"
+
+
+def _wrong_acks(log, known):
+    contents = {}
+    for what, frame in log.events:
+        if what == "sent" and frame["type"] == "message":
+            contents.setdefault(frame.get("nonce"), frame["content"])
+        if what == "sent" or frame["type"] != "ack":
+            continue
+        nonce, message_id = frame["nonce"], frame["message_id"]
+        row = known.get(message_id)
+        if row is None:
+            yield f"lost message: {log.name} has the ack of {message_id}, which is not in the table"
+        elif nonce is not None and (row.user_id, row.content) != (log.user_id, contents.get(nonce)):
+            yield f"wrong ack: {log.name} was told that {nonce!r} is {message_id}, which is {row.content!r}"
+
+
+def _wrong_frames(log, known, senders):
+    last, head, seen, mine, acked = log.after or 0, 0, set(), set(), set()
+    for what, frame in log.events:
+        if what == "sent":
+            mine.add(frame.get("content"))
+        elif frame["type"] == "ack":
+            acked.add(frame["message_id"])
+        elif frame["type"] == "ready":
+            head = frame["last_message_id"]
+            if seen and last > head:
+                yield f"inversion: {log.name} was told the head {head} after it had received {last}"
+        elif frame["type"] == "message":
+            message_id, user_id, content = frame["message_id"], frame["user_id"], frame["content"]
+            row = known.get(message_id)
+            # What other connections sent too may come from one of them, until it is acked here.
+            only_mine = content in mine and senders[user_id, content] == {id(log)}
+            if row is None:
+                yield f"phantom: {log.name} received {message_id}, which is not in the table"
+            elif row != Row(message_id, user_id, content, row.nonce, row.created_at and frame["created_at"]):
+                yield f"wrong frame: {log.name} received {frame}, but the row is {row}"
+            if message_id in seen:
+                yield f"duplicate frame: {log.name} received {message_id} twice"
+            elif message_id <= (log.after or 0):
+                yield f"duplicate frame: {log.name} resumed after {log.after} and received {message_id}"
+            elif message_id < last or message_id <= head:
+                yield f"inversion: {log.name} received {message_id} after {max(last, head)}"
+            elif user_id == log.user_id and (message_id in acked or only_mine):
+                yield f"own message: {log.name} received {message_id}, which it sent itself"
+            seen.add(message_id)
+            last = message_id
+
+
+def _gaps(log, rows, history_size):
+    received = [frame for what, frame in log.events if what == "received"]
+    seen = {frame["message_id"] for frame in received if frame["type"] == "message"}
+    kinds = [frame["type"] for frame in received]
+    ready = received[kinds.index("ready")] if "ready" in kinds else None
+    history = kinds[: kinds.index("ready")].count("message") if ready else None
+    start, end = log.after or 0, max(seen, default=0)
+    if ready:
+        end = max(end, ready["last_message_id"])
+    in_full = ready and not ready["gap"] and (log.after is not None or history < history_size)
+    if seen and not in_full and (log.after is None or ready):
+        start = min(seen) - 1  # what is older was not asked for
+    if log.complete:
+        end = max([end, *(row.message_id for row in rows)])
+    mine = log.contents()
+    for row in rows:
+        own = row.user_id == log.user_id and row.content in mine
+        if start < row.message_id <= end and row.message_id not in seen and not own:
+            yield f"gap: {log.name} never received {row.message_id}, though it has all from {start + 1} to {end}"
+            return

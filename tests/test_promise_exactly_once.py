@@ -1,0 +1,263 @@
+"""A message with a nonce is stored once, whatever happens to its sender, its answer or its server."""
+
+import asyncio
+import contextlib
+import time
+
+import pytest
+
+from tests.faults import Log, Proxy, RawClient, ServerProcess, check, in_thread, rows_of
+from tests.support import SECRET, Template
+from tollerchat import Config
+
+pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])
+
+SAVE = "EXECUTE tollerchat_save"  # in each query that stores
+
+
+def message(nonce, content=None):
+    return {"type": "message", "content": content or f"content of {nonce}", "nonce": nonce}
+
+
+async def answers(client, count):
+    """The next `count` answers to messages: (nonce, message_id or error code)."""
+    found = []
+    while len(found) < count:
+        frame = await client.frame() if isinstance(client, RawClient) else await client.receive()
+        assert frame is not None, "the connection ended"
+        if frame["type"] in ("ack", "error"):
+            found.append((frame.get("nonce"), frame.get("message_id") or frame["code"]))
+    return found
+
+
+@contextlib.asynccontextmanager
+async def raw_client(server, user_id=1, **options):
+    client = await RawClient.connect(server.port, user_id, **options)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+async def test_nonce_repeated_in_one_burst_is_stored_once(server, database):
+    bob, _ = await server.join(2)
+    async with raw_client(server) as alice:
+        await alice.send(*[message("a")] * 3, message("b"), *[message("a")] * 3, message("b"))
+        acks = await answers(alice, 8)
+    ids = dict(acks)
+    assert sorted(acks) == sorted([("a", ids["a"])] * 6 + [("b", ids["b"])] * 2)
+    assert [frame["message_id"] for frame in await bob.settled()] == [ids["a"], ids["b"]]
+    assert database.contents() == ["content of a", "content of b"]
+
+
+async def test_nonces_sent_over_several_connections_at_once_are_stored_once(server, database):
+    bob, _ = await server.join(2)
+    nonces = [f"n{n}" for n in range(20)]
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(raw_client(server)) for _ in range(4)]
+        await asyncio.gather(*(client.send(*map(message, nonces)) for client in clients))
+        ids = await asyncio.gather(*(answers(client, 20) for client in clients))
+    assert len({frozenset(acks) for acks in ids}) == 1
+    assert len(set(ids[0])) == 20
+    assert sorted(database.contents()) == sorted(f"content of {nonce}" for nonce in nonces)
+    assert len(await bob.settled()) == 20
+
+
+async def test_nonce_is_known_after_a_reconnect(server, database):
+    ids = set()
+    for _ in range(3):
+        async with raw_client(server) as alice:
+            await alice.send(message("a"))
+            ids.update(await answers(alice, 1))
+    assert len(ids) == 1
+    assert len(database.contents()) == 1
+
+
+async def test_nonce_sent_without_waiting_for_the_ack_is_known_on_the_next_connection(server, database):
+    for n in range(20):
+        async with raw_client(server) as alice:
+            await alice.send(message(f"n{n}"))
+        async with raw_client(server) as alice:
+            await alice.send(message(f"n{n}"))
+            await answers(alice, 1)
+    assert sorted(database.contents()) == sorted(f"content of n{n}" for n in range(20))
+
+
+async def test_nonce_is_known_to_the_next_server(serve, config, database):
+    ids = set()
+    for _ in range(2):
+        server = await serve(config)
+        async with raw_client(server) as alice:
+            await alice.send(message("a"))
+            ids.update(await answers(alice, 1))
+    assert len(ids) == 1
+    assert len(database.contents()) == 1
+
+
+async def test_two_servers_store_a_nonce_once(serve, config, database):
+    servers = [await serve(config), await serve(config)]
+    bob, _ = await servers[0].join(2)
+    nonces = [f"n{n}" for n in range(20)]
+    async with raw_client(servers[0]) as one, raw_client(servers[1]) as two:
+        await asyncio.gather(*(client.send(*map(message, nonces)) for client in (one, two)))
+        assert dict(await answers(one, 20)) == dict(await answers(two, 20))
+    assert sorted(database.contents()) == sorted(f"content of {nonce}" for nonce in nonces)
+    contents = []
+    while len(contents) < 20:
+        contents.append((await bob.receive())["content"])
+    assert sorted(contents) == sorted(database.contents())
+
+
+async def test_commit_whose_answer_is_lost_is_acked_once(serve, config, database):
+    async with Proxy(database.url) as proxy:
+        server = await serve(Config(db_url=proxy.url, jwt_secret=SECRET))
+        (alice, _), (bob, _) = await server.join(1), await server.join(2)
+        await alice.send_frame(message("first"))
+        ids = await answers(alice, 1)
+        proxy.lose = SAVE
+        await alice.send_frame(message("lost"))
+        ids += await answers(alice, 1)
+        assert proxy.lost == 1
+        assert [(await bob.receive())["message_id"] for _ in range(2)] == [
+            message_id for _, message_id in ids
+        ]
+        database.insert("behind it")  # were its own message on the way, it would come before this
+        assert [(await client.receive())["content"] for client in (alice, bob)] == ["behind it"] * 2
+    assert database.contents() == ["content of first", "content of lost", "behind it"]
+
+
+async def test_answers_lost_over_and_over_lose_and_repeat_nothing(serve, database):
+    async with Proxy(database.url) as proxy:
+        server = await serve(Config(db_url=proxy.url, jwt_secret=SECRET))
+        bob, _ = await server.join(2)
+        async with raw_client(server) as alice:
+            for n in range(8):
+                proxy.lose = SAVE
+                await alice.send(*(message(f"{n}-{m}") for m in range(5)))
+                assert len(dict(await answers(alice, 5))) == 5
+            assert proxy.lost == 8
+        frames = await bob.receive_many(40)
+        frames += await bob.settled()
+    rows = rows_of(database.url)
+    log = Log(
+        "bob", 2, after=0, events=[("received", bob.ready), *(("received", f) for f in frames)], complete=True
+    )
+    assert check([log], rows) is None
+    assert len(rows) == 40
+
+
+async def test_message_without_nonce_whose_answer_is_lost_is_not_sent_again(serve, database):
+    """Nobody can tell whether it was stored; a second try might store it twice."""
+    async with Proxy(database.url) as proxy:
+        server = await serve(Config(db_url=proxy.url, jwt_secret=SECRET))
+        (alice, _), (bob, _) = await server.join(1), await server.join(2)
+        await alice.send("connects")
+        await answers(alice, 1)
+        proxy.lose = SAVE
+        await alice.send("lost")
+        answer = await answers(alice, 1)
+        assert answer == [(None, "unavailable")] or isinstance(answer[0][1], int)
+        assert [(await bob.receive())["content"] for _ in range(2)] == ["connects", "lost"]
+    assert database.contents() == ["connects", "lost"]
+
+
+# Without a nonce, nothing tells whose row it is: that is what a nonce is for.
+@pytest.mark.parametrize(
+    "nonce", ["n", pytest.param(None, marks=pytest.mark.xfail(reason="no nonce, no name"))]
+)
+async def test_sender_is_not_sent_its_message_though_it_was_told_unavailable(serve, database, nonce):
+    """The commit's answer is lost, and the database is away until the writer gives up: the row is there all the same."""
+    async with Proxy(database.url) as proxy:
+        server = await serve(Config(db_url=proxy.url, jwt_secret=SECRET, store_timeout=0.1, db_timeout=0.5))
+        (alice, _), (bob, _) = await server.join(1), await server.join(2)
+        await alice.send("connects")
+        await answers(alice, 1)
+        proxy.lose, proxy.down = SAVE, True
+        await alice.send("lost", **({"nonce": nonce} if nonce else {}))
+        assert await answers(alice, 1) == [(nonce, "unavailable")]
+        proxy.down = False
+        assert [(await bob.receive())["content"] for _ in range(2)] == ["connects", "lost"]
+        database.insert("behind it")
+        assert (await bob.receive())["content"] == "behind it"
+        assert [frame["content"] for frame in await alice.settled()] == ["behind it"]
+        if nonce:
+            await alice.send("lost", nonce=nonce)
+            assert await answers(alice, 1) == [
+                (nonce, database.execute("SELECT id FROM messages ORDER BY id")[1][0])
+            ]
+    assert database.contents() == ["connects", "lost", "behind it"]
+
+
+async def test_terminated_connections_under_load_store_each_nonce_once(server, database):
+    """The database is there all the time, so nobody waits for a timeout: uvloop tells a reset only once."""
+    bob, _ = await server.join(2)
+    async with raw_client(server) as alice:
+        for n in range(30):
+            await alice.send(*(message(f"{n}-{m}") for m in range(5)))
+            await asyncio.sleep(n % 5 / 1000)  # so that it meets every phase of a commit
+            start = time.monotonic()
+            database.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND application_name = 'tollerchat'"
+            )
+            assert len(dict(await answers(alice, 5))) == 5
+            assert time.monotonic() - start < 2
+    assert len(database.contents()) == len(set(database.contents())) == 150
+    assert await bob.receive_contents(150) == database.contents()
+
+
+async def test_nonce_is_known_after_the_server_was_killed(database):
+    server = ServerProcess(database.url)
+    try:
+        ids = []
+        for _ in range(2):
+            await in_thread(server.start)
+            async with raw_client(server) as alice:
+                await alice.send(*(message(f"n{n}") for n in range(10)))
+                ids.append(dict(await answers(alice, 10)))
+            server.kill()
+        assert ids[0] == ids[1]
+    finally:
+        server.close()
+    assert len(database.contents()) == 10
+
+
+async def test_other_content_under_a_nonce_is_a_conflict(server, database):
+    bob, _ = await server.join(2)
+    async with raw_client(server) as alice, raw_client(server) as phone:
+        await alice.send(message("a", "one"), message("a", "two"), message("b"))
+        assert dict(await answers(alice, 3))["a"] == "nonce_conflict"  # the later answer
+        await phone.send(message("a", "two"), message("a", "one"))
+        conflict, ack = await answers(phone, 2)
+    assert conflict == ("a", "nonce_conflict")
+    assert ack[1] == database.execute("SELECT id FROM messages WHERE nonce = 'a'")[0][0]
+    assert database.contents() == ["one", "content of b"]
+    assert len(await bob.settled()) == 2
+
+
+async def test_nonce_belongs_to_one_user_and_one_channel(server, database):
+    async with (
+        raw_client(server) as one,
+        raw_client(server, 2) as two,
+        raw_client(server, channel_id=2) as other,
+    ):
+        for client, content in [(one, "one"), (two, "two"), (other, "other")]:
+            await client.send(message("same", content))
+            assert isinstance((await answers(client, 1))[0][1], int)
+    assert database.contents(1) == ["one", "two"]
+    assert database.contents(2) == ["other"]
+
+
+async def test_resend_while_catching_up_is_not_received_after_its_ack(server, database):
+    """A client comes back, and sends again before it has been sent what it missed."""
+    logs = []
+    for connection in range(2):
+        log = Log(f"connection {connection}", 1, after=0)
+        async with raw_client(server, after=0) as alice:
+            log.sent(message("a"))
+            await alice.send(message("a"))
+            while not {"ack", "ready"} <= {frame["type"] for _, frame in log.events}:
+                log.received(await alice.frame())
+        logs.append(log)
+        database.insert(*(f"missed {connection} {n}" for n in range(300)))
+    assert check(logs, rows_of(database.url)) is None

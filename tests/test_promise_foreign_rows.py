@@ -1,0 +1,263 @@
+"""What anybody else writes into the tables goes live, in order and once; and who may not stay is closed."""
+
+import asyncio
+import contextlib
+import time
+
+import psycopg2
+import pytest
+
+from tests.faults import Log, check, in_thread, rows_of
+from tests.support import WAIT, Template, psql, until
+from tollerchat import bus
+
+pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])
+
+
+class Foreigner:
+    """Another program, with a transaction that is open until `commit`."""
+
+    def __init__(self, url):
+        self._connection = psycopg2.connect(url)
+        self.commit = self._connection.commit
+        self.rollback = self._connection.rollback
+        self.close = self._connection.close
+
+    def insert(self, *contents, channel_id=1):
+        with self._connection.cursor() as cursor:
+            for content in contents:
+                cursor.execute(
+                    "INSERT INTO messages (channel_id, user_id, content) VALUES (%s, 9, %s)",
+                    (channel_id, content),
+                )
+
+
+@pytest.fixture
+def foreigner(database):
+    with contextlib.closing(Foreigner(database.url)) as foreigner:
+        yield foreigner
+
+
+async def joined(server, user_id=2, channel_id=1):
+    """A client, and its log with all up to `ready`."""
+    client, history = await server.join(user_id, channel_id)
+    log = Log(f"user {user_id}", user_id, after=0)
+    for frame in [*history, client.ready]:
+        log.received(frame)
+    return client, log
+
+
+async def read_to(client, log, content):
+    while log.events[-1][1].get("content") != content:
+        log.received(await client.receive())
+    log.complete = True
+
+
+async def test_single_row_goes_live(server, database):
+    bob, _ = await server.join(2)
+    (message_id,) = database.insert("from psql")
+    frame = await bob.receive()
+    assert (frame["message_id"], frame["content"], frame["user_id"]) == (message_id, "from psql", 9)
+    assert [frame["created_at"]] == [row.created_at for row in rows_of(database.url)]
+    assert await bob.settled() == []
+
+
+async def test_many_rows_of_many_channels_in_one_statement_go_live(server, database):
+    (here, here_log), (there, there_log) = await joined(server, 2, 1), await joined(server, 2, 2)
+    database.execute(
+        """INSERT INTO messages (channel_id, user_id, content)
+        SELECT 1 + n %% 2, 9, 'row ' || n FROM generate_series(1, %s) AS n""", 1000
+    )  # fmt: skip
+    await read_to(here, here_log, "row 1000")
+    await read_to(there, there_log, "row 999")
+    assert check([here_log], rows_of(database.url, 1)) is None
+    assert check([there_log], rows_of(database.url, 2)) is None
+
+
+async def test_rows_of_hundreds_of_channels_in_one_statement_go_live(server, database):
+    """More than one notification can tell."""
+    database.execute("INSERT INTO channels (name) SELECT 'many' FROM generate_series(1, 900)")
+    (last,) = database.execute("SELECT max(id) FROM channels")[0]
+    clients = [await server.join(2, channel_id) for channel_id in (4, last // 2, last)]
+    database.execute(
+        "INSERT INTO messages (channel_id, user_id, content) SELECT id, 9, 'hello' FROM channels"
+    )
+    for client, _ in clients:
+        assert (await client.receive())["content"] == "hello"
+
+
+async def test_rows_are_seen_when_they_are_committed_and_not_before(server, database, foreigner):
+    bob, log = await joined(server)
+    foreigner.insert("one", "two")
+    assert await bob.settled() == []
+    foreigner.commit()
+    await read_to(bob, log, "two")
+    foreigner.insert("never")
+    foreigner.rollback()
+    database.insert("three")
+    await read_to(bob, log, "three")
+    assert check([log], rows_of(database.url)) is None
+
+
+async def test_transaction_that_commits_late_keeps_the_order_for_all(server, database, foreigner):
+    """Ids are given before a commit; all the same, no id comes after a greater one that was seen before."""
+    (alice, alice_log), (bob, bob_log) = await joined(server, 1), await joined(server, 2)
+    for n in range(5):
+        foreigner.insert(f"slow {n}")
+        frame = {"type": "message", "content": f"meanwhile {n}", "nonce": f"{n}"}
+        alice_log.sent(frame)
+        await alice.send_frame(frame)
+        await alice.send_frame({"type": "unknown"})
+        while alice_log.events[-1][1]["type"] != "error":
+            alice_log.received(await alice.receive())
+        foreigner.insert(f"slow {n} too")
+        foreigner.commit()
+        await read_to(bob, bob_log, f"meanwhile {n}")
+    database.insert("the end")
+    await read_to(alice, alice_log, "the end")
+    await read_to(bob, bob_log, "the end")
+    assert check([alice_log, bob_log], rows_of(database.url)) is None
+    assert len(rows_of(database.url)) == 16
+
+
+async def test_others_write_into_a_channel_that_the_server_writes_to(server, database):
+    (alice, alice_log), (bob, bob_log) = await joined(server, 1), await joined(server, 2)
+    rows = [[f"{name} {n}" for n in range(100)] for name in "xyz"]
+    writing = asyncio.gather(
+        *(in_thread(lambda contents=contents: [psql(database.url, INSERT, content) for content in contents])
+          for contents in rows)
+    )  # fmt: skip
+
+    async def listen(client, log):
+        while log.events[-1][1].get("content") != "the end":
+            log.received(await client.receive())
+
+    listening = asyncio.gather(listen(alice, alice_log), listen(bob, bob_log))
+    n = 0
+    while not writing.done():
+        frame = {"type": "message", "content": f"alice {n}", "nonce": f"{n}"}
+        alice_log.sent(frame)
+        await alice.send_frame(frame)
+        n += 1
+        await asyncio.sleep(0.002)
+    await writing
+    await until(lambda: len(database.contents()) == 300 + n)
+    database.insert("the end")
+    await asyncio.wait_for(listening, WAIT)
+    alice_log.complete = bob_log.complete = True
+    assert check([alice_log, bob_log], rows_of(database.url)) is None
+
+
+INSERT = "INSERT INTO messages (channel_id, user_id, content) VALUES (1, 9, %s)"
+
+
+async def test_channel_locked_by_another_program_delays_no_other_channel(server, foreigner):
+    (alice, _), (carol, _) = await server.join(1, 1), await server.join(3, 2)
+    foreigner.insert("holds the lock of channel 1")
+    for n in range(3):
+        await alice.send("waits", nonce=f"a{n}")
+        start = time.monotonic()
+        await carol.send("does not", nonce=f"c{n}")
+        assert (await carol.receive())["type"] == "ack"
+        assert time.monotonic() - start < (1.0 if n == 0 else 0.8)
+    foreigner.commit()
+    kinds = [(await alice.receive())["type"] for _ in range(4)]
+    assert kinds == ["message", "ack", "ack", "ack"]
+
+
+async def test_batch_that_the_database_refuses_in_part_leaves_no_gap(server, database):
+    """Its messages are stored in several transactions then, and others write in between."""
+    database.execute(
+        """CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF NEW.content LIKE 'bad%' THEN RAISE EXCEPTION 'refused'; END IF;
+            PERFORM pg_sleep(0.001);
+            RETURN NEW; END $$;
+        CREATE TRIGGER refuse BEFORE INSERT ON messages FOR EACH ROW EXECUTE FUNCTION refuse()"""
+    )
+    (alice, alice_log), (bob, bob_log) = await joined(server, 1), await joined(server, 2)
+    writing = asyncio.ensure_future(
+        in_thread(lambda: [psql(database.url, INSERT, f"foreign {n}") for n in range(60)])
+    )
+    answers, n = 0, 0
+    while not writing.done():
+        for n in range(n, n + 30):  # noqa: B020
+            frame = {"type": "message", "content": f"{'bad' if n % 7 == 3 else 'good'} {n}"}  # fmt: skip
+            alice_log.sent(frame)
+            await alice.send_frame(frame)
+            answers += 1
+        while answers:
+            frame = await alice.receive()
+            alice_log.received(frame)
+            answers -= frame["type"] in ("ack", "error")
+        n += 1
+    await writing
+    database.insert("the end")
+    await read_to(alice, alice_log, "the end")
+    await read_to(bob, bob_log, "the end")
+    assert check([alice_log, bob_log], rows_of(database.url)) is None
+    assert not any(content.startswith("bad") for content in database.contents())
+
+
+async def test_rows_are_found_after_the_listening_connection_was_terminated(server, database):
+    bob, log = await joined(server)
+    listening = "FROM pg_stat_activity WHERE datname = current_database() AND query = 'LISTEN tollerchat'"
+    for n in range(2):
+        await until(lambda: database.execute(f"SELECT 1 {listening}"))
+        database.execute(f"SELECT pg_terminate_backend(pid) {listening}")
+        database.insert(f"while nobody listens {n}")
+        await read_to(bob, log, f"while nobody listens {n}")
+    assert check([log], rows_of(database.url)) is None
+
+
+async def test_rows_that_nothing_told_are_found_by_comparison(serve, config, database, monkeypatch):
+    monkeypatch.setattr(bus, "PROBE_INTERVAL", 0.2)
+    server = await serve(config)
+    bob, log = await joined(server)
+    database.execute("ALTER TABLE messages DISABLE TRIGGER tollerchat_messages_inserted")
+    database.insert("silent", "as the grave")
+    await read_to(bob, log, "as the grave")
+    assert check([log], rows_of(database.url)) is None
+
+
+async def test_deleted_channel_closes_with_4404(server, database):
+    alice, other = await server.join(1, 1), await server.join(1, 2)
+    database.execute("DELETE FROM channels WHERE id = 1")
+    assert await alice[0].closed() == 4404
+    assert await other[0].settled() == []
+
+
+async def test_message_to_a_deleted_channel_is_refused_and_the_rest_of_its_batch_is_not(server, database):
+    (alice, _), (carol, _) = await server.join(1, 1), await server.join(3, 2)
+    database.execute("ALTER TABLE channels DISABLE TRIGGER tollerchat_channel_deleted")
+    database.execute("DELETE FROM channels WHERE id = 1")
+    await asyncio.gather(alice.send("too late", nonce="a"), carol.send("in time", nonce="c"))
+    frame = await alice.receive()
+    assert (frame["type"], frame["code"], frame["nonce"]) == ("error", "not_found", "a")
+    assert (await carol.receive())["type"] == "ack"
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "DELETE FROM channel_users WHERE user_id = 2",
+        "UPDATE channel_users SET channel_id = 1 WHERE user_id = 2",
+        "DELETE FROM users WHERE id = 2",
+    ],
+)
+async def test_withdrawn_access_closes_with_4403(server, database, sql):
+    stays, goes = await server.join(1, 3), await server.join(2, 3)
+    database.execute(sql)
+    assert await goes[0].closed() == 4403
+    assert await stays[0].settled() == []
+
+
+async def test_what_was_withdrawn_while_nobody_listened_is_found(server, database):
+    gone, member = await server.join(1, 1), await server.join(2, 3)
+    database.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND query = 'LISTEN tollerchat'"
+    )
+    database.execute("DELETE FROM channels WHERE id = 1")
+    database.execute("DELETE FROM channel_users WHERE user_id = 2")
+    assert await gone[0].closed() == 4404
+    assert await member[0].closed() == 4403

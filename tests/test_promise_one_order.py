@@ -1,0 +1,131 @@
+"""All see the messages of a channel in one order, without gaps or duplicates, whoever joins, leaves and lags meanwhile."""
+
+import asyncio
+import contextlib
+import random
+
+import aiohttp
+import pytest
+
+from tests.faults import Log, RawClient, ServerProcess, check, in_thread, rows_of
+from tests.soak import Talker, wind_up
+from tests.support import Template, until
+from tollerchat.app import hub_key
+
+pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])
+
+
+@pytest.fixture
+async def process(database):
+    server = ServerProcess(database.url)
+    await in_thread(server.start)
+    yield server
+    complaints = server.complaints()
+    server.close()
+    assert not complaints, complaints
+
+
+@pytest.fixture
+async def session():
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        yield session
+
+
+async def test_fifty_write_while_others_join_and_leave(process, session, database):
+    writers = [Talker(session, process, f"w{n}", 1 + n % 7, pause=0.2 + n / 500) for n in range(50)]
+    guests = [Talker(session, process, f"g{n}", 1 + n, pause=None, leave=0.05 + n / 50) for n in range(4)]
+    logs = []
+    newcomers = asyncio.ensure_future(join_over_and_over(process, logs))
+    try:
+        await until(lambda: all(len(writer.acked) >= 6 for writer in writers))
+        newcomers.cancel()
+        await asyncio.wait([newcomers])
+        assert newcomers.cancelled()
+        assert await wind_up([*writers, *guests], process, session, database.url) is None
+        assert len(logs) > 20
+        assert check(logs, rows_of(database.url)) is None
+        assert all(len(guest.logs) > 3 for guest in guests)
+    finally:
+        newcomers.cancel()
+        await asyncio.gather(*(talker.cancel() for talker in [*writers, *guests]))
+
+
+async def join_over_and_over(process, logs):
+    """Join, say a word, and leave before or after it came through."""
+    while True:
+        log = Log(f"newcomer {len(logs)}", 8)
+        logs.append(log)
+        client = await RawClient.connect(process.port, 8, buffer=1 << 16)
+        with contextlib.closing(client):
+            word = {"type": "message", "content": log.name, "nonce": log.name}
+            log.sent(word)
+            await client.send(word)
+            for _ in range(random.randrange(70)):
+                if (frame := await client.frame()) is None:
+                    break
+                log.received(frame)
+
+
+@pytest.mark.parametrize("joins", ["cold", "warm"])
+async def test_history_and_live_meet_without_seam(process, session, database, joins):
+    """Into an empty room, which must be loaded first, or one that others keep warm, while a stranger writes."""
+    database.insert(*(f"old {n}" for n in range(60)))
+    keeper = await RawClient.connect(process.port, 5, buffer=1 << 20) if joins == "warm" else None
+    writing = asyncio.ensure_future(in_thread(lambda: database.insert(*(f"new {n}" for n in range(400)))))
+    logs = []
+    while not writing.done():
+        log = Log(f"joiner {len(logs)}", 6)
+        logs.append(log)
+        client = await RawClient.connect(process.port, 6, buffer=1 << 16)
+        with contextlib.closing(client):
+            while not log.events or log.events[-1][1]["type"] != "ready":
+                log.received(await client.frame())
+            if not writing.done():
+                log.received(await client.frame())
+    await writing
+    assert check(logs, rows_of(database.url)) is None
+    assert len(logs) > 3
+    if keeper:
+        keeper.close()
+
+
+async def test_sender_that_lagged_does_not_get_its_own_messages(server, database):
+    """It stops reading while it and others write more than its buffers hold, and so is caught up from the log."""
+    bob, _ = await server.join(2)
+    acks = 0
+
+    async def listen():
+        nonlocal acks
+        while True:
+            acks += (await bob.receive())["type"] == "ack"
+
+    log = Log("alice", 1, after=0)
+    listening = asyncio.ensure_future(listen())
+    alice = await RawClient.connect(server.port, 1, after=0)
+    with contextlib.closing(alice):
+        room = server.app[hub_key].rooms[1]
+        await until(lambda: len(room.live) == 2)
+        count = 0
+        while len(room.live) == 2:  # until the buffers are full, the kernel's too
+            frame = {"type": "message", "content": f"own {count}", "nonce": f"own {count}"}
+            log.sent(frame)
+            await alice.send(frame)
+            for n in range(20):
+                await bob.send(f"{count} {n} {'x' * 8000}")
+            count += 1
+            await until(lambda: acks == count * 20)  # noqa: B023
+            assert count < 100, "alice does not lag"
+        for n in range(5):  # read when she is caught up, or before
+            frame = {"type": "message", "content": f"late {n}", "nonce": f"late {n}"}
+            log.sent(frame)
+            await alice.send(frame)
+            await bob.send(f"meanwhile {n}")
+        while sum(frame["type"] == "ack" for _, frame in log.events) < count + 5:
+            log.received(await alice.frame())
+        await bob.send("the end")
+        while log.events[-1][1].get("content") != "the end":
+            log.received(await alice.frame())
+        log.complete = True
+    listening.cancel()
+    await asyncio.wait([listening])
+    assert check([log], rows_of(database.url)) is None

@@ -1,0 +1,58 @@
+"""The web chat in a real browser: two pages chat with each other."""
+
+import shutil
+
+import pytest
+from playwright.async_api import async_playwright, expect
+
+from tests.support import token
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"
+)
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+]
+
+
+async def open_page(browser, server, user_id):
+    page = await browser.new_page()
+    page.problems = []
+    page.on("pageerror", lambda problem: page.problems.append(problem))
+    await page.goto(f"{server.url}/#channel=1&token={token(user_id)}")
+    await expect(page.locator("#status")).to_have_attribute("data-state", "online")
+    return page
+
+
+async def test_two_pages_chat(server, database):
+    database.insert("from the history")
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        try:
+            alice, bob = await open_page(browser, server, 1), await open_page(browser, server, 2)
+            assert "token" not in alice.url
+            await expect(alice.locator(".message .content")).to_have_text(["from the history"])
+
+            await bob.locator("#composer").type("<b>hello</b>")
+            await expect(alice.locator("#typing")).not_to_be_empty()
+            await bob.keyboard.press("Enter")
+            await expect(alice.locator(".message .content").last).to_have_text("<b>hello</b>")
+            await expect(alice.locator("#typing")).to_be_empty()
+            await expect(bob.locator(".message.own[data-message-id] .content")).to_have_text(["<b>hello</b>"])
+            await expect(alice.locator(".message.own")).to_have_count(0)
+
+            await alice.reload()
+            await expect(alice.locator(".message .content")).to_have_text(
+                ["from the history", "<b>hello</b>"]
+            )
+            assert alice.problems == bob.problems == []
+        finally:
+            await browser.close()
+    assert database.contents() == ["from the history", "<b>hello</b>"]
