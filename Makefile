@@ -9,13 +9,19 @@ RUFF_FLAGS := --target-version py310 --line-length 110
 RUFF_RULES := --select A,ASYNC,B,C4,E,F,I,N,PT,RET,RUF,SIM,UP,W --ignore A005,ASYNC109,E501,N818
 SOURCES := tollerchat tests bench examples
 
-.PHONY: run test lint format soak bench dist clean
+# Minutes of real outages, which want a quiet machine: apart from the tests of every change.
+FAULTS := tests/test_promise_*.py tests/test_property_room.py
+
+.PHONY: run test faults lint format soak bench dist clean
 
 run: $(VENV)/installed  ## Run the server on an embedded PostgreSQL, with a demo channel
 	$(BIN)/python -m tollerchat
 
-test: $(VENV)/installed-dev  ## Run all tests
-	$(BIN)/python -m pytest -n auto $(ARGS)
+test: $(VENV)/installed-dev  ## Run the tests
+	$(BIN)/python -m pytest -n auto $(addprefix --ignore-glob=,$(foreach fault,$(FAULTS),'*/$(fault)')) $(ARGS)
+
+faults: $(VENV)/installed-dev  ## Run the fault-injection tests: stuck readers, killed servers, frozen databases
+	$(BIN)/python -m pytest -n 2 $(FAULTS) $(ARGS)
 
 lint: $(VENV)/installed-dev  ## Check style and types
 	$(RUFF) check $(RUFF_FLAGS) $(RUFF_RULES) $(SOURCES)

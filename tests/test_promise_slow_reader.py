@@ -103,7 +103,9 @@ async def test_stalled_reader_costs_little_and_is_caught_up(process, database, c
     await traffic.run(STALL)
     grown = process.memory() - memory
     rows = await in_thread(rows_of, database.url)
-    assert sum(len(row.content) for row in rows if row.message_id > head) > 4 * MiB, (
+    assert (
+        sum(len(row.content) for row in rows if row.message_id > head) > 2 * MiB
+    ), (  # the kernel's buffers hold less than 1 MiB
         "too little to stall anybody"
     )
     assert grown < len(slow) * MiB, f"{grown / MiB} MiB for {len(slow)} stalled readers"
