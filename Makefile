@@ -18,7 +18,7 @@ run: $(VENV)/installed  ## Run the server on an embedded PostgreSQL, with a demo
 	$(BIN)/python -m tollerchat
 
 test: $(VENV)/installed-dev  ## Run the tests
-	$(BIN)/python -m pytest -n auto $(addprefix --ignore-glob=,$(foreach fault,$(FAULTS),'*/$(fault)')) $(ARGS)
+	$(BIN)/python -m pytest -n auto $(addprefix --ignore-glob=,$(FAULTS)) $(ARGS)
 
 faults: $(VENV)/installed-dev  ## Run the fault-injection tests: stuck readers, killed servers, frozen databases
 	$(BIN)/python -m pytest -n 2 $(FAULTS) $(ARGS)

@@ -4,7 +4,7 @@ import os
 import socket
 from collections.abc import Iterator
 
-__all__ = ("Client", "client_frame")
+__all__ = ("Client", "Refused", "client_frame")
 
 
 def client_frame(payload: bytes) -> bytes:
@@ -13,6 +13,10 @@ def client_frame(payload: bytes) -> bytes:
     size = len(payload)
     head = bytes((0x81, 0x80 | size)) if size < 126 else b"\x81\xfe" + size.to_bytes(2, "big")
     return head + mask + bytes(byte ^ mask[n % 4] for n, byte in enumerate(payload))
+
+
+class Refused(Exception):
+    """The server asked to try again later."""
 
 
 class Client:
@@ -41,13 +45,16 @@ class Client:
         self.sock.send(self.frame)
 
     def joined(self, data: bytes) -> bool:
-        """Whether, with `data`, it has its upgrade and all awaited frames."""
+        """Whether, with `data`, it has its upgrade and all awaited frames. Raises `Refused`."""
         data = self.rest + data
+        self.rest = b""
         if data.startswith(b"HTTP/"):
             head, separator, frames = data.partition(b"\r\n\r\n")
             if not separator:
                 self.rest = data
                 return False
+            if head.startswith(b"HTTP/1.1 503"):
+                raise Refused
             if b" 101 " not in head[:16]:
                 raise ConnectionError(f"not upgraded: {data.decode(errors='replace')}")
             data = frames

@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from bench.client import Client
+from bench.client import Client, Refused
 
 __all__ = ("Generator",)
 
@@ -33,6 +33,7 @@ class Generator:
 
     def __init__(self, port: int) -> None:
         self.clients: set[Client] = set()
+        self.refused = 0  # attempts to join that had to be repeated because the server said so
         self._address = ("127.0.0.1", port)
         self._epoll = select.epoll()
         self._receive: dict[int, Callable[[bytearray | memoryview], int]] = {}  # recv_into by descriptor
@@ -64,6 +65,12 @@ class Generator:
             joining[client.fd] = client
             connecting[client.fd] = time.perf_counter() + random.uniform(*PATIENCE)
 
+        def restart(fd: int) -> None:
+            connecting.pop(fd, None)
+            client = joining.pop(fd)
+            client.sock.close()
+            start(client)
+
         end = time.perf_counter() + JOIN_TIMEOUT
         for client in itertools.islice(waiting, at_once):
             start(client)
@@ -75,7 +82,14 @@ class Generator:
                     del connecting[fd]
                     client.sock.send(client.request)
                     self._epoll.modify(fd, select.EPOLLIN)
-                elif client.joined(self._read(fd)):
+                    continue
+                try:
+                    joined = client.joined(self._read(fd))
+                except Refused:
+                    self.refused += 1
+                    restart(fd)
+                    continue
+                if joined:
                     del joining[fd]
                     for successor in itertools.islice(waiting, 1):
                         start(successor)
@@ -83,9 +97,7 @@ class Generator:
             if (now := time.perf_counter()) > end:
                 raise TimeoutError(f"{len(joining)} clients could not join within {JOIN_TIMEOUT} s")
             for fd in [fd for fd, deadline in connecting.items() if deadline < now]:
-                del connecting[fd]
-                self.drop([client := joining.pop(fd)])
-                start(client)
+                restart(fd)
         return clients
 
     def connect(self, count: int) -> list[Client]:

@@ -4,17 +4,25 @@ Clients that never give up talk through a real server process to a real PostgreS
 restarted and frozen at random. In the end the checker reads what the clients saw, and the table.
 """
 
+import argparse
 import asyncio
 import collections
 import contextlib
 import json
 import random
+import shutil
+import signal
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import aiohttp
+import psutil
+from tollerchat.embedded import run_postgres
 
-from tests.faults import Log, check, in_thread, rows_of
-from tests.support import WAIT, token
+from tests.faults import Cluster, Log, RawClient, ServerProcess, check, in_thread, rows_of
+from tests.support import WAIT, psql, token
 
 END = "the end"
 
@@ -194,3 +202,177 @@ class Health:
     async def cancel(self):
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+
+
+class Soak:
+    """Everything at once: talkers, stalled readers, strangers who write, and one fault after the other."""
+
+    def __init__(self, cluster, db_url, seed):
+        self._cluster = cluster
+        self._db_url = db_url
+        self._random = random.Random(seed)
+        self._server = ServerProcess(db_url, db_timeout=2, store_timeout=4, shutdown_timeout=5, write_timeout=3)
+        self._counts = collections.Counter()
+        self._strange = 0
+        self._stalled = []  # logs of those who stop reading
+
+    async def run(self, seconds):
+        """Returns the first broken promise, in words; None if all were kept."""
+        await in_thread(self._server.start)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector) as session:
+            talkers = [Talker(session, self._server, f"t{n}", 1 + n % 5, pause=0.02 + n / 200) for n in range(12)]
+            talkers += [
+                Talker(session, self._server, f"g{n}", 6, pause=None, leave=0.2 + n / 3) for n in range(4)
+            ]
+            health = Health(session, self._server)
+            try:
+                end = time.monotonic() + seconds
+                faults = [name for name in dir(self) if name.startswith("fault_")]
+                while time.monotonic() < end:
+                    name = self._random.choice(faults)
+                    self._counts[name] += 1
+                    print(f"{end - time.monotonic():6.1f} s left: {name[6:].replace('_', ' ')}", flush=True)
+                    await getattr(self, name)()
+                    if wrong := await self._heals(talkers, health):
+                        return wrong
+                wrong = await wind_up(talkers, self._server, session, self._db_url, seconds=60)
+                return wrong or self._complaints() or await self._check_stalled()
+            finally:
+                await asyncio.gather(health.cancel(), *(talker.cancel() for talker in talkers))
+                print(f"faults: {dict(self._counts)}; {sum(len(t.acked) for t in talkers)} messages acked, "
+                      f"{sum(len(t.logs) for t in talkers)} connections", flush=True)  # fmt: skip
+                self._server.close()
+
+    async def _heals(self, talkers, health):
+        """After each fault, the server serves again by itself within 2 s."""
+        start = time.monotonic()
+        talking = [talker for talker in talkers if talker.name.startswith("t")]
+        acked = [len(talker.acked) for talker in talking]
+        while time.monotonic() < start + 2 + 2:  # 2 s of grace: the talkers wait for as long before they try again
+            if all(len(talker.acked) > before for talker, before in zip(talking, acked)) and health.answers[-1][1] == 200:
+                print(f"         healed within {time.monotonic() - start:.2f} s", flush=True)
+                return None
+            await asyncio.sleep(0.02)
+        silent = [talker.name for talker, before in zip(talking, acked) if len(talker.acked) == before]
+        return f"not healed after 4 s: no acks for {silent}, /health says {health.answers[-1][1]}"
+
+    async def _check_stalled(self):
+        return check(self._stalled, await in_thread(rows_of, self._db_url))
+
+    def _complaints(self):
+        complaints = self._server.complaints()
+        return f"the server complained: {complaints[0]}" if complaints else None
+
+    async def _stall(self, low, high):
+        await asyncio.sleep(self._random.uniform(low, high))
+
+    # -- the faults ----------------------------------------------------------------------------------
+
+    async def fault_none(self):
+        await self._stall(0.5, 2)
+
+    async def fault_server_killed(self):
+        self._server.kill()
+        await self._stall(0, 1)
+        await in_thread(self._server.start)
+
+    async def fault_server_stopped(self):
+        self._server.signal(signal.SIGTERM)
+        assert await in_thread(self._server.wait, 6) == 0
+        await in_thread(self._server.start)
+
+    async def fault_database_restarted(self):
+        await in_thread(self._cluster.restart)
+
+    async def fault_database_killed(self):
+        await in_thread(self._cluster.kill)
+        await self._stall(0, 5)
+        await in_thread(self._cluster.start)
+
+    async def fault_database_frozen(self):
+        self._cluster.freeze()
+        await self._stall(0.5, 20)
+        self._cluster.thaw()
+
+    async def fault_backends_killed(self):
+        for process in self._random.sample(backends := self._cluster.backends(), k=len(backends) // 2):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        await in_thread(self._wait_for_database)
+
+    def _wait_for_database(self):
+        deadline = time.monotonic() + WAIT
+        while not self._cluster.answers():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    async def fault_connections_terminated(self):
+        for _ in range(self._random.randrange(1, 10)):
+            sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'tollerchat'"
+            await in_thread(psql, self._db_url, sql)
+            await self._stall(0, 0.2)
+
+    async def fault_strangers_write(self):
+        sql = """INSERT INTO messages (channel_id, user_id, content)
+            SELECT 1, 9, 'stranger ' || n FROM generate_series(%s, %s) AS n"""
+        for _ in range(20):
+            count = self._random.choice([1, 5, 300])
+            await in_thread(psql, self._db_url, sql, self._strange, self._strange + count - 1)
+            self._strange += count
+            await self._stall(0, 0.05)
+
+    async def fault_channel_locked(self):
+        """A transaction that takes its time."""
+        sql = "BEGIN; INSERT INTO messages (channel_id, user_id, content) VALUES (1, 9, 'slow ' || %s); SELECT pg_sleep(%s); COMMIT"
+        self._strange += 1
+        await in_thread(psql, self._db_url, sql, self._strange, self._random.uniform(0.1, 3))
+
+    async def fault_readers_stall(self):
+        """Some read nothing while there is a lot to read, and then all of it, or are closed."""
+        rows = await in_thread(rows_of, self._db_url)
+        after = rows[max(0, len(rows) - 3000)].message_id if rows else 0
+        stalled = []
+        for n in range(5):
+            log = Log(f"stalled {len(self._stalled)}", 7, after=after)
+            self._stalled.append(log)
+            stalled.append((await RawClient.connect(self._server.port, 7, after=after), log))
+        for n in range(200):
+            sql = "INSERT INTO messages (channel_id, user_id, content) VALUES (1, 9, %s)"
+            self._strange += 1
+            await in_thread(psql, self._db_url, sql, f"large {self._strange} {'x' * 8000}")
+        await self._stall(0, 6)
+        for client, log in stalled:
+            for _ in range(self._random.randrange(5000)):
+                with contextlib.suppress(asyncio.TimeoutError):
+                    if (frame := await asyncio.wait_for(client.frame(), 1)) is not None:
+                        log.received(frame)
+                        continue
+                break
+            client.close()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="The long form of the fault-injection tests.")
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
+    arguments = parser.parse_args(argv)
+    print(f"seed {arguments.seed}: repeat with --seed {arguments.seed}", flush=True)
+    random.seed(arguments.seed)
+    # Only its programs are of interest; a directory of its own, which PostgreSQL must be able to write to.
+    directory = tempfile.mkdtemp(prefix="tollerchat-")
+    with run_postgres(Path(directory)) as url:
+        cluster = Cluster(url)
+    shutil.rmtree(directory, ignore_errors=True)
+    try:
+        cluster.start()
+        soak = Soak(cluster, cluster.database(), arguments.seed)
+        wrong = asyncio.run(asyncio.wait_for(soak.run(arguments.seconds), arguments.seconds + 180))
+    finally:
+        cluster.close()
+    print(f"FAILED with seed {arguments.seed}: {wrong}" if wrong else "all promises were kept", flush=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

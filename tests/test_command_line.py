@@ -1,0 +1,62 @@
+"""The command line: settings from the environment, one line for each that is missing or wrong."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import SECRET, SEED_DDL
+from tollerchat import Config
+from tollerchat.auth import verify_token
+
+
+def run(*arguments, **settings):
+    names = ("DB_URL", "JWT_SECRET", "PORT", "DATA_DIR")
+    environ = {name: value for name, value in os.environ.items() if name not in names}
+    return subprocess.run(
+        [sys.executable, "-m", "tollerchat", *arguments],
+        env={**environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({"DB_URL": "postgresql://localhost/x"}, "JWT_SECRET is not set: export JWT_SECRET="),
+        ({"DB_URL": "nonsense secret"}, "DB_URL is not a PostgreSQL URL: it must look like"),
+        ({"PORT": "x"}, "PORT is 'x': it must be a whole number"),
+        ({"PORT": "65536"}, "PORT is 65536: it must be 0 to 65535"),
+        ({"PING_INTERVAL": "nan"}, "PING_INTERVAL is nan: it must be at least"),
+        ({"PING_INTERVAL": "70"}, "PONG_TIMEOUT is 60.0: it must be greater than PING_INTERVAL"),
+        ({"JWT_ALGORITHMS": "none"}, "JWT_ALGORITHMS has 'none': use one of"),
+        ({"ACCESS_LOG": "maybe"}, "ACCESS_LOG is 'maybe': it must be 1 or 0"),
+    ],
+)
+def test_wrong_setting_is_one_line_that_names_the_remedy(settings, remedy):
+    result = run(**settings)
+    assert result.returncode == 2
+    assert remedy in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "secret" not in result.stderr
+
+
+def test_printed_token_is_accepted_until_its_time_is_over():
+    result = run("token", "--user", "7", "--ttl", "60", JWT_SECRET=SECRET)
+    assert verify_token(result.stdout.strip(), Config(jwt_secret=SECRET)).user_id == 7
+
+
+def test_init_db_upgrades_the_originals_tables_and_may_be_repeated(database):
+    database.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    database.execute(SEED_DDL)
+    for _ in range(2):
+        assert run("init-db", DB_URL=database.url).returncode == 0
+    assert database.execute("SELECT nonce FROM messages") == []
+
+
+def test_init_db_without_a_database_says_so():
+    assert "DB_URL is not set" in run("init-db").stderr
+    assert "cannot set up the database" in run("init-db", DB_URL="postgresql://127.0.0.1:1/x").stderr
