@@ -73,7 +73,9 @@ def storm(bench: Bench) -> Figure:
         )
         refused = {server.name: server.generator.refused for server in servers}
     if any(refused.values()):
-        figure.note = "told to try again: " + ", ".join(f"{name} {count:,} times" for name, count in refused.items())
+        figure.note = "told to try again: " + ", ".join(
+            f"{name} {count:,} times" for name, count in refused.items()
+        )
     for label, values in samples.items():
         figure.add(label, values)
     for label, values in seconds.items():

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import aiohttp
 import psutil
-from tollerchat.embedded import run_postgres
 
 from tests.faults import Cluster, Log, RawClient, ServerProcess, check, in_thread, rows_of
 from tests.support import WAIT, psql, token
+from tollerchat.embedded import run_postgres
 
 END = "the end"
 
@@ -211,7 +211,9 @@ class Soak:
         self._cluster = cluster
         self._db_url = db_url
         self._random = random.Random(seed)
-        self._server = ServerProcess(db_url, db_timeout=2, store_timeout=4, shutdown_timeout=5, write_timeout=3)
+        self._server = ServerProcess(
+            db_url, db_timeout=2, store_timeout=4, shutdown_timeout=5, write_timeout=3
+        )
         self._counts = collections.Counter()
         self._strange = 0
         self._stalled = []  # logs of those who stop reading
@@ -221,7 +223,9 @@ class Soak:
         await in_thread(self._server.start)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector) as session:
-            talkers = [Talker(session, self._server, f"t{n}", 1 + n % 5, pause=0.02 + n / 200) for n in range(12)]
+            talkers = [
+                Talker(session, self._server, f"t{n}", 1 + n % 5, pause=0.02 + n / 200) for n in range(12)
+            ]
             talkers += [
                 Talker(session, self._server, f"g{n}", 6, pause=None, leave=0.2 + n / 3) for n in range(4)
             ]
@@ -249,12 +253,19 @@ class Soak:
         start = time.monotonic()
         talking = [talker for talker in talkers if talker.name.startswith("t")]
         acked = [len(talker.acked) for talker in talking]
-        while time.monotonic() < start + 2 + 2:  # 2 s of grace: the talkers wait for as long before they try again
-            if all(len(talker.acked) > before for talker, before in zip(talking, acked)) and health.answers[-1][1] == 200:
+        while (
+            time.monotonic() < start + 2 + 2
+        ):  # 2 s of grace: the talkers wait for as long before they try again
+            if (
+                all(len(talker.acked) > before for talker, before in zip(talking, acked, strict=False))
+                and health.answers[-1][1] == 200
+            ):
                 print(f"         healed within {time.monotonic() - start:.2f} s", flush=True)
                 return None
             await asyncio.sleep(0.02)
-        silent = [talker.name for talker, before in zip(talking, acked) if len(talker.acked) == before]
+        silent = [
+            talker.name for talker, before in zip(talking, acked, strict=False) if len(talker.acked) == before
+        ]
         return f"not healed after 4 s: no acks for {silent}, /health says {health.answers[-1][1]}"
 
     async def _check_stalled(self):
@@ -309,7 +320,9 @@ class Soak:
 
     async def fault_connections_terminated(self):
         for _ in range(self._random.randrange(1, 10)):
-            sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'tollerchat'"
+            sql = (
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'tollerchat'"
+            )
             await in_thread(psql, self._db_url, sql)
             await self._stall(0, 0.2)
 
@@ -333,11 +346,11 @@ class Soak:
         rows = await in_thread(rows_of, self._db_url)
         after = rows[max(0, len(rows) - 3000)].message_id if rows else 0
         stalled = []
-        for n in range(5):
+        for _n in range(5):
             log = Log(f"stalled {len(self._stalled)}", 7, after=after)
             self._stalled.append(log)
             stalled.append((await RawClient.connect(self._server.port, 7, after=after), log))
-        for n in range(200):
+        for _n in range(200):
             sql = "INSERT INTO messages (channel_id, user_id, content) VALUES (1, 9, %s)"
             self._strange += 1
             await in_thread(psql, self._db_url, sql, f"large {self._strange} {'x' * 8000}")
