@@ -3,6 +3,7 @@
 import argparse
 import gc
 import os
+import signal
 import sys
 import time
 
@@ -33,6 +34,7 @@ MAX_SIZE = 8000  # the server takes frames of up to 8,192 bytes
 
 def main() -> None:
     arguments = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of the contexts, which stop all processes
     progress = Progress()
     progress("PostgreSQL starts")
     max_connections = machine.raise_file_limit() - 500

@@ -144,8 +144,8 @@ class Process(contextlib.AbstractContextManager):
                 return
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self.generator.close()
         self.process.terminate()
+        self.generator.close()
         try:
             self.process.communicate(timeout=15)
         except subprocess.TimeoutExpired:
@@ -163,6 +163,7 @@ class Process(contextlib.AbstractContextManager):
                 if not sock.connect_ex(("127.0.0.1", self.port)):
                     return
             if self.process.poll() is not None or time.monotonic() > deadline:
+                self.__exit__(RuntimeError)
                 raise RuntimeError("a server did not start")
             time.sleep(0.02)
 
