@@ -8,12 +8,14 @@ import dataclasses
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -29,6 +31,7 @@ __all__ = (
     "RawClient",
     "Row",
     "ServerProcess",
+    "Stranger",
     "check",
     "in_thread",
     "rows_of",
@@ -39,6 +42,27 @@ __all__ = (
 async def in_thread(function, *arguments):
     """Run something that blocks, so that the clients of the test live on meanwhile."""
     return await asyncio.get_running_loop().run_in_executor(None, function, *arguments)
+
+
+class Stranger:
+    """Another program that inserts one message after the other, as long as the context is open."""
+
+    def __init__(self, database, *, channel_id=1):
+        self._insert = lambda content: database.insert(content, channel_id=channel_id)
+        self._stop = threading.Event()
+        self.ids = []
+
+    async def __aenter__(self):
+        self._writing = asyncio.ensure_future(in_thread(self._write))
+        return self
+
+    async def __aexit__(self, *_):
+        self._stop.set()
+        await self._writing
+
+    def _write(self):
+        while not self._stop.is_set():
+            self.ids += self._insert(f"stranger {len(self.ids)}")
 
 
 def _until(condition, what, seconds=WAIT):
@@ -209,7 +233,7 @@ class ServerProcess:
 
 
 class Proxy:
-    """TCP in front of PostgreSQL's socket that can lose the answer to a commit.
+    """Another socket in front of PostgreSQL's own, that can lose the answer to a commit.
 
     While `lose` is a text: the next query that contains it is passed on, its answer is awaited, so that
     it is committed, and then the connection is cut instead. While `down` is true, no connection is let in.
@@ -218,57 +242,91 @@ class Proxy:
     def __init__(self, url):
         self._path = re.search(r"host=([^&]+)", url)[1].replace("%2F", "/") + "/.s.PGSQL.5432"
         self._database = re.search(r"/(\w+)\?", url)[1]
-        self._pipes = set()
+        self._tasks = set()
+        self._reading = {}  # socket of the server under test -> task that reads its queries
         self.lose = None
         self.lost = 0
         self.down = False
 
     async def __aenter__(self):
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        port = self._server.sockets[0].getsockname()[1]
-        self.url = f"postgresql://postgres@127.0.0.1:{port}/{self._database}"
+        self._directory = tempfile.TemporaryDirectory(prefix="tollerchat-")
+        self._listener = _unix_socket()
+        self._listener.bind(f"{self._directory.name}/.s.PGSQL.5432")
+        self._listener.listen()
+        self.url = f"postgresql://postgres@/{self._database}?host={self._directory.name}"
+        self._start(self._accept())
         return self
 
     async def __aexit__(self, *_):
-        self._server.close()
-        for task in self._pipes:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._pipes, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._listener.close()
+        self._directory.cleanup()
 
-    async def _serve(self, reader, writer):
-        self._pipes.add(asyncio.current_task())
-        with contextlib.suppress(OSError, asyncio.CancelledError):
-            to_database, from_database = None, None
-            try:
-                if self.down:
-                    return
-                from_database, to_database = await asyncio.open_unix_connection(self._path)
-                losing = asyncio.Event()
-                await asyncio.wait(
-                    [
-                        asyncio.ensure_future(self._queries(reader, to_database, losing)),
-                        asyncio.ensure_future(self._answers(from_database, writer, losing)),
-                    ],
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-            finally:
-                for each in (to_database, writer):
-                    if each is not None:
-                        each.transport.abort()
+    async def die_with_query_unread(self):
+        """Do as a backend that is terminated while a query waits in its socket: say so, and be gone."""
+        reading, self._reading = self._reading, {}
+        for task in reading.values():
+            task.cancel()
+        deadline = time.monotonic() + WAIT
+        while not (unread := select.select(list(reading), [], [], 0)[0]):
+            assert time.monotonic() < deadline, "no query came"
+            await asyncio.sleep(0.001)
+        for server in reading:
+            if server in unread:
+                fields = b"SFATAL\0VFATAL\0C57P01\0Mterminating connection\0\0"
+                server.send(b"E" + (4 + len(fields)).to_bytes(4, "big") + fields)
+            server.close()
 
-    async def _queries(self, reader, to_database, losing):
-        while data := await reader.read(65536):
+    def _start(self, work):
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        return task
+
+    async def _accept(self):
+        while True:
+            server, _ = await asyncio.get_running_loop().sock_accept(self._listener)
+            server.setblocking(False)
+            self._start(self._serve(server))
+
+    async def _serve(self, server):
+        losing = asyncio.Event()
+        with server, _unix_socket() as database, contextlib.suppress(OSError):
+            if self.down:
+                return
+            await asyncio.get_running_loop().sock_connect(database, self._path)
+            queries = self._start(self._pass_queries(server, database, losing))
+            answers = self._start(self._pass_answers(database, server, losing))
+            self._reading[server] = queries
+            await asyncio.wait([queries, answers], return_when=asyncio.FIRST_COMPLETED)
+            if self._reading.pop(server, None) is None:  # it is about to die
+                await asyncio.wait([answers])
+            for task in (queries, answers):
+                task.cancel()
+            await asyncio.gather(queries, answers, return_exceptions=True)
+
+    async def _pass_queries(self, server, database, losing):
+        loop = asyncio.get_running_loop()
+        while data := await loop.sock_recv(server, 65536):
             if self.lose and self.lose.encode() in data:
                 self.lose = None
                 losing.set()
-            to_database.write(data)
+            await loop.sock_sendall(database, data)
 
-    async def _answers(self, from_database, writer, losing):
-        while data := await from_database.read(65536):
+    async def _pass_answers(self, database, server, losing):
+        loop = asyncio.get_running_loop()
+        while data := await loop.sock_recv(database, 65536):
             if losing.is_set():
                 self.lost += 1
                 return
-            writer.write(data)
+            await loop.sock_sendall(server, data)
+
+
+def _unix_socket():
+    sock = socket.socket(socket.AF_UNIX)
+    sock.setblocking(False)
+    return sock
 
 
 class RawClient:
@@ -281,12 +339,20 @@ class RawClient:
 
     @classmethod
     async def connect(cls, port, user_id=1, channel_id=1, *, after=None, prefix="", buffer=4096):
-        loop = asyncio.get_running_loop()
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)  # else the kernel reads megabytes for it
         sock.setblocking(False)
         self = cls(sock)
-        await loop.sock_connect(sock, ("127.0.0.1", port))
+        try:
+            await self._open(port, user_id, channel_id, after, prefix)
+        except BaseException:
+            sock.close()
+            raise
+        return self
+
+    async def _open(self, port, user_id, channel_id, after, prefix):
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(self.socket, ("127.0.0.1", port))
         query = "" if after is None else f"?after={after}"
         key = base64.b64encode(os.urandom(16)).decode()
         request = (
@@ -294,31 +360,37 @@ class RawClient:
             f"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
             f"Sec-WebSocket-Protocol: tollerchat.v1\r\nAuthorization: Bearer {token(user_id)}\r\n\r\n"
         )
-        await loop.sock_sendall(sock, request.encode())
+        await loop.sock_sendall(self.socket, request.encode())
         while b"\r\n\r\n" not in self._data:
             await self._more()
         head, _, rest = bytes(self._data).partition(b"\r\n\r\n")
         assert b" 101 " in head.split(b"\r\n")[0], head
         self._data = bytearray(rest)
-        return self
 
     async def send(self, *frames):
         """Send frames (objects) in one burst."""
         data = b"".join(_masked(json.dumps(frame, ensure_ascii=False).encode()) for frame in frames)
         await asyncio.get_running_loop().sock_sendall(self.socket, data)
 
-    async def _more(self):
-        data = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self.socket, 65536), WAIT)
-        self._data += data
-        return len(data)
+    async def _more(self, seconds=WAIT):
+        # Not wait_for(): before Python 3.12, it can swallow a cancellation.
+        receiving = asyncio.ensure_future(asyncio.get_running_loop().sock_recv(self.socket, 65536))
+        try:
+            done, _ = await asyncio.wait([receiving], timeout=seconds)
+            if not done:
+                raise asyncio.TimeoutError("nothing came")
+            self._data += receiving.result()
+            return len(receiving.result())
+        finally:
+            receiving.cancel()
 
-    async def frame(self):
+    async def frame(self, seconds=WAIT):
         """The next JSON frame; None at the end of the connection, with or without a close frame."""
         while True:
             parsed = unframe(self._data)
             if parsed is None:
                 try:
-                    if await self._more():
+                    if await self._more(seconds):
                         continue
                 except ConnectionError:
                     pass

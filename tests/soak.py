@@ -21,7 +21,7 @@ import aiohttp
 import psutil
 
 from tests.faults import Cluster, Log, RawClient, ServerProcess, check, in_thread, rows_of
-from tests.support import WAIT, psql, token
+from tests.support import WAIT, psql, token, until
 from tollerchat.embedded import run_postgres
 
 END = "the end"
@@ -231,6 +231,9 @@ class Soak:
             ]
             health = Health(session, self._server)
             try:
+                await until(lambda: all(talker.acked for talker in talkers[:12]))
+                if wrong := await self._long_replay(talkers):
+                    return wrong
                 end = time.monotonic() + seconds
                 faults = [name for name in dir(self) if name.startswith("fault_")]
                 while time.monotonic() < end:
@@ -244,9 +247,30 @@ class Soak:
                 return wrong or self._complaints() or await self._check_stalled()
             finally:
                 await asyncio.gather(health.cancel(), *(talker.cancel() for talker in talkers))
+                self._server.close()
                 print(f"faults: {dict(self._counts)}; {sum(len(t.acked) for t in talkers)} messages acked, "
                       f"{sum(len(t.logs) for t in talkers)} connections", flush=True)  # fmt: skip
-                self._server.close()
+
+    async def _long_replay(self, talkers):
+        """100,000 missing messages are sent, while neither the server's memory nor the others notice."""
+        sql = """INSERT INTO messages (channel_id, user_id, content)
+            SELECT 2, 9, 'missed ' || n FROM generate_series(1, 100000) AS n"""
+        await in_thread(psql, self._db_url, sql)
+        memory, delays = self._server.memory(), sum(len(talker.delays) for talker in talkers)
+        log = Log("long replay", 8, after=0, complete=True)
+        client = await RawClient.connect(self._server.port, 8, 2, after=0, buffer=1 << 16)
+        while not log.events or log.events[-1][1]["type"] != "ready":
+            log.received(await client.frame())
+        client.close()
+        grown = (self._server.memory() - memory) / (1 << 20)
+        during = max(delay for talker in talkers for delay in talker.delays[-50:])
+        delays = sum(len(talker.delays) for talker in talkers) - delays
+        print(
+            f"100,000 messages replayed: memory {grown:+.1f} MiB, the slowest of {delays} acks took {during:.3f} s"
+        )
+        if grown > 16 or during > 1:
+            return "a long replay was noticed by others"
+        return check([log], await in_thread(rows_of, self._db_url, 2))
 
     async def _heals(self, talkers, health):
         """After each fault, the server serves again by itself within 2 s."""
@@ -358,7 +382,7 @@ class Soak:
         for client, log in stalled:
             for _ in range(self._random.randrange(5000)):
                 with contextlib.suppress(asyncio.TimeoutError):
-                    if (frame := await asyncio.wait_for(client.frame(), 1)) is not None:
+                    if (frame := await client.frame(seconds=1)) is not None:
                         log.received(frame)
                         continue
                 break

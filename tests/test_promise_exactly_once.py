@@ -188,6 +188,22 @@ async def test_sender_is_not_sent_its_message_though_it_was_told_unavailable(ser
     assert database.contents() == ["connects", "lost", "behind it"]
 
 
+async def test_connection_that_dies_with_a_query_unread_is_given_up_at_once(serve, database):
+    """uvloop tells a reset once and no more, even if there is more to read: nothing must wait for that."""
+    async with Proxy(database.url) as proxy:
+        server = await serve(Config(db_url=proxy.url, jwt_secret=SECRET))
+        alice, _ = await server.join(1)
+        await alice.send_frame(message("connects"))
+        await answers(alice, 1)
+        start = time.monotonic()
+        dying = asyncio.ensure_future(proxy.die_with_query_unread())
+        await alice.send_frame(message("unread"))
+        await dying
+        assert [nonce for nonce, _ in await answers(alice, 1)] == ["unread"]
+        assert time.monotonic() - start < 1
+    assert database.contents() == ["content of connects", "content of unread"]
+
+
 async def test_terminated_connections_under_load_store_each_nonce_once(server, database):
     """The database is there all the time, so nobody waits for a timeout: uvloop tells a reset only once."""
     bob, _ = await server.join(2)

@@ -8,7 +8,7 @@ import time
 import psycopg2
 import pytest
 
-from tests.faults import Log, RawClient, ServerProcess, check, in_thread, rows_of
+from tests.faults import Log, RawClient, ServerProcess, Stranger, check, in_thread, rows_of
 from tests.support import Template, psql, until
 from tollerchat.repository import LOCK_KEY
 
@@ -112,20 +112,21 @@ async def test_more_than_max_replay_leaves_a_gap(serve, config, database, limit,
 
 async def test_resumes_while_others_write(server, database):
     """A client that leaves and comes again all the time sees one sequence."""
-    writing = asyncio.ensure_future(in_thread(lambda: database.insert(*(f"m{n}" for n in range(600)))))
     logs, last = [], 0
-    while not writing.done():
-        log = Log(f"connection {len(logs)}", 1, after=last)
-        logs.append(log)
-        client = await RawClient.connect(server.port, 1, after=last, buffer=1 << 16)
-        with contextlib.closing(client):
-            for _ in range(1 + len(logs) % 9):
-                log.received(await client.frame())
-        last = max([last, *(frame["message_id"] for _, frame in log.events if frame["type"] == "message")])
-    ids = await writing
+    async with Stranger(database) as stranger:
+        while len(logs) < 60:
+            log = Log(f"connection {len(logs)}", 1, after=last)
+            logs.append(log)
+            client = await RawClient.connect(server.port, 1, after=last, buffer=1 << 16)
+            with contextlib.closing(client):
+                for _ in range(1 + len(logs) % 9):
+                    log.received(await client.frame())
+            last = max(
+                [last, *(frame["message_id"] for _, frame in log.events if frame["type"] == "message")]
+            )
     got, _ = await resumed(server, last)
     seen = [frame["message_id"] for log in logs for _, frame in log.events if frame["type"] == "message"]
-    assert seen + got == ids
+    assert seen + got == stranger.ids
     assert check(logs, rows_of(database.url)) is None
 
 
