@@ -72,7 +72,7 @@ def setup(app: web.Application, config: Config) -> None:
     app[repository_key] = repository
     app[hub_key] = hub
     app[writer_key] = writer
-    app[bus_key] = PostgresBus(config, hub)
+    app[bus_key] = PostgresBus(config, hub, repository.watch)
     handler = ChatHandler(config, repository, hub, writer)
     app.router.add_get("/ws/channel/{channel_id}", handler.serve_ws)
     api = MessagesApi(config, repository, writer)
@@ -88,6 +88,7 @@ async def _parts(app: web.Application) -> AsyncIterator[None]:
     async with contextlib.AsyncExitStack() as stack:
         await app[repository_key].open()
         stack.push_async_callback(app[repository_key].close)
+        await stack.enter_async_context(_background(app[repository_key].watch.run()))
         await stack.enter_async_context(_background(app[writer_key].run()))
         await stack.enter_async_context(_background(app[bus_key].run()))
         await stack.enter_async_context(_background(app[hub_key].keep_alive()))

@@ -12,6 +12,7 @@ from tollerchat.config import Config
 from tollerchat.errors import Unavailable
 from tollerchat.hub import Hub
 from tollerchat.repository import connect
+from tollerchat.watch import ConnectionWatch
 
 __all__ = ("PostgresBus",)
 
@@ -31,15 +32,17 @@ class PostgresBus:
     `access <channel>`, `user <user>`.
     """
 
-    def __init__(self, config: Config, hub: Hub) -> None:
+    def __init__(self, config: Config, hub: Hub, watch: ConnectionWatch) -> None:
         self._config = config
         self._hub = hub
+        self._watch = watch
 
     async def run(self) -> None:
         """Listen, and connect again whenever the connection fails, until cancelled."""
         while True:
             try:
                 async with connect(self._config, self._config.db_timeout) as connection:
+                    await self._watch.add(connection)
                     await _execute(connection, "LISTEN tollerchat")
                     # Whatever was notified before is found in the tables.
                     await self._hub.resync()

@@ -21,6 +21,7 @@ from tollerchat.errors import (
     Unavailable,
 )
 from tollerchat.protocol import OutgoingMessage
+from tollerchat.watch import ConnectionWatch
 
 __all__ = ("NewMessage", "Repository", "SaveResult", "Saved", "apply_schema", "connect", "read_schema")
 
@@ -148,6 +149,7 @@ class Repository:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self.watch = ConnectionWatch()
         self._readers: aiopg.Pool | None = None
         self._writer: aiopg.Pool | None = None
 
@@ -155,6 +157,7 @@ class Repository:
         """Make the pools. They connect when first used: a database that is away now may come back."""
 
         async def prepare(conn: aiopg.Connection) -> None:
+            await self.watch.add(conn)
             try:
                 async with conn.cursor() as cursor:
                     await cursor.execute("SELECT pg_get_serial_sequence('messages', 'id')")
@@ -164,10 +167,10 @@ class Repository:
                 conn.close()  # the pool forgets a connection whose preparation failed
                 raise
 
-        self._readers = await self._pool(self._config.db_pool_size)
-        self._writer = await self._pool(1, on_connect=prepare)
+        self._readers = await self._pool(self._config.db_pool_size, self.watch.add)
+        self._writer = await self._pool(1, prepare)
 
-    async def _pool(self, size: int, on_connect: Callable[..., Awaitable[None]] | None = None) -> aiopg.Pool:
+    async def _pool(self, size: int, on_connect: Callable[[Any], Awaitable[None]]) -> aiopg.Pool:
         return await aiopg.create_pool(
             self._config.db_url,
             minsize=0,

@@ -176,12 +176,14 @@ class Room:
 
     async def _recognise(self) -> None:
         """Find out which messages of unknown fate are in the log: their senders must not get them."""
-        senders = {(client.user_id, nonce): client for client in self.clients for nonce in client.unsettled}
-        if senders:
-            ids = await self._repository.ids_of_nonces(self.channel_id, list(senders))
-            for name, message_id in ids.items():
-                senders[name].own.add(message_id)
-                senders[name].unsettled.discard(name[1])
+        names = {(client.user_id, nonce) for client in self.clients for nonce in client.unsettled}
+        if names:
+            ids = await self._repository.ids_of_nonces(self.channel_id, list(names))
+            for (user_id, nonce), message_id in ids.items():
+                for client in self.clients:  # one user may have sent it over several connections
+                    if client.user_id == user_id and nonce in client.unsettled:
+                        client.own.add(message_id)
+                        client.unsettled.discard(nonce)
 
     def _move_head(self, message_id: int) -> None:
         self.head = message_id
