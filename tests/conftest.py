@@ -9,6 +9,7 @@ import tempfile
 import uuid
 from pathlib import Path
 
+import aiohttp
 import psycopg2
 import pytest
 
@@ -78,6 +79,13 @@ async def serve(database):
             return await stack.enter_async_context(Server.run(config, app=app, prefix=prefix, port=port))
 
         yield start
+
+
+@pytest.fixture
+async def session():
+    """An HTTP client without a limit of connections."""
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        yield session
 
 
 @pytest.fixture

@@ -232,6 +232,19 @@ class ServerProcess:
         self._log.close()
 
 
+@contextlib.asynccontextmanager
+async def running(db_url, **settings):
+    """A server process that must not have complained by the time it is left."""
+    server = ServerProcess(db_url, **settings)
+    await in_thread(server.start)
+    try:
+        yield server
+    finally:
+        complaints = server.complaints()
+        server.close()
+    assert not complaints, complaints
+
+
 class Proxy:
     """Another socket in front of PostgreSQL's own, that can lose the answer to a commit.
 

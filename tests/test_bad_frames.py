@@ -87,6 +87,9 @@ async def test_channel_deleted_under_a_connection_is_not_found(server, database,
     """The deletion itself is announced late here, as it would be with a slow notification."""
     database.execute("ALTER TABLE channels DISABLE TRIGGER tollerchat_channel_deleted")
     alice = await server.connect(1)
+    # The server looks at all channels when it begins to listen: that must be over.
+    database.insert("listening")
+    assert await alice.receive_contents(1) == ["listening"]
     database.execute("DELETE FROM channels WHERE id = 1")
     await alice.send("too late", nonce="n1")
     frame = await alice.receive()

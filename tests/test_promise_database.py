@@ -10,7 +10,7 @@ import psycopg2
 import pytest
 
 from tests.conftest import CLUSTER_VARIABLE
-from tests.faults import Cluster, ServerProcess, in_thread
+from tests.faults import Cluster, ServerProcess, in_thread, running
 from tests.soak import Health, Talker, wind_up
 from tests.support import WAIT, psql, token, until
 
@@ -42,19 +42,9 @@ async def db_url(cluster):
 
 
 @pytest.fixture
-async def session():
-    async with aiohttp.ClientSession() as session:
-        yield session
-
-
-@pytest.fixture
 async def process(db_url):
-    server = ServerProcess(db_url, **SETTINGS)
-    await in_thread(server.start)
-    yield server
-    complaints = server.complaints()
-    server.close()
-    assert not complaints, complaints
+    async with running(db_url, **SETTINGS) as server:
+        yield server
 
 
 @pytest.fixture

@@ -4,10 +4,9 @@ import asyncio
 import contextlib
 import random
 
-import aiohttp
 import pytest
 
-from tests.faults import Log, RawClient, ServerProcess, Stranger, check, in_thread, rows_of
+from tests.faults import Log, RawClient, Stranger, check, rows_of, running
 from tests.soak import Talker, wind_up
 from tests.support import Template, until
 from tollerchat.app import hub_key
@@ -17,18 +16,8 @@ pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True
 
 @pytest.fixture
 async def process(database):
-    server = ServerProcess(database.url)
-    await in_thread(server.start)
-    yield server
-    complaints = server.complaints()
-    server.close()
-    assert not complaints, complaints
-
-
-@pytest.fixture
-async def session():
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        yield session
+    async with running(database.url) as server:
+        yield server
 
 
 async def test_fifty_write_while_others_join_and_leave(process, session, database):

@@ -8,7 +8,7 @@ import time
 import aiohttp
 import pytest
 
-from tests.faults import Log, RawClient, ServerProcess, check, in_thread, rows_of
+from tests.faults import Log, RawClient, check, in_thread, rows_of, running
 from tests.soak import Talker, wind_up
 from tests.support import WAIT, Template, token, until
 
@@ -17,18 +17,8 @@ pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True
 
 @pytest.fixture
 async def process(database):
-    server = ServerProcess(database.url, shutdown_timeout=4, write_timeout=5)
-    await in_thread(server.start)
-    yield server
-    complaints = server.complaints()
-    server.close()
-    assert not complaints, complaints
-
-
-@pytest.fixture
-async def session():
-    async with aiohttp.ClientSession() as session:
-        yield session
+    async with running(database.url, shutdown_timeout=4, write_timeout=5) as server:
+        yield server
 
 
 def connect(session, server, user_id, **options):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.faults import Log, RawClient, ServerProcess, check, in_thread, rows_of
+from tests.faults import Log, RawClient, ServerProcess, check, in_thread, rows_of, running
 from tests.support import Template, until
 
 pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])
@@ -18,12 +18,8 @@ WRITE_TIMEOUT = 1.0
 
 @pytest.fixture
 async def process(database):
-    server = ServerProcess(database.url, write_timeout=2 * STALL)
-    await in_thread(server.start)
-    yield server
-    complaints = server.complaints()
-    server.close()
-    assert not complaints, complaints
+    async with running(database.url, write_timeout=2 * STALL) as server:
+        yield server
 
 
 @pytest.fixture

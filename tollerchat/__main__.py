@@ -67,14 +67,12 @@ def _with_secret(config: Config) -> Config:
     """Without a database of one's own, the secret of the embedded one will do."""
     if not config.jwt_secret and not config.db_url:
         return dataclasses.replace(config, jwt_secret=keep_secret(Path(config.data_dir)))
-    if not config.jwt_secret:
-        raise ConfigError('JWT_SECRET is not set: export JWT_SECRET="$(openssl rand -hex 32)"')
+    config.require_jwt_secret()
     return config
 
 
 def _init_db(config: Config) -> None:
-    if not config.db_url:
-        raise ConfigError('DB_URL is not set: export DB_URL="postgresql://user@host/database"')
+    config.require_db_url()
     try:
         asyncio.run(apply_schema(config))
     except (psycopg2.Error, asyncio.TimeoutError) as exc:

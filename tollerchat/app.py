@@ -117,7 +117,7 @@ async def drain(app: web.Application) -> None:
     hub, timeout = app[hub_key], app[config_key].shutdown_timeout
     if hub.draining:
         return
-    hub.start_draining()
+    hub.draining = True
     try:
         await asyncio.wait_for(app[writer_key].flush(), timeout / 2)
     except asyncio.TimeoutError:

@@ -284,7 +284,7 @@ class Client:
 
     def write(self, data: bytes) -> None:
         """Hand whole frames to the transport, unless the connection is closing."""
-        if self._closing is None and not self._transport.is_closing():
+        if not self._is_closing():
             self._transport.write(data)
 
     def offer(self, data: bytes) -> None:
@@ -296,7 +296,7 @@ class Client:
         """Give a live client what was committed; false if it lags. `blob` is all `frames`, joined."""
         if self._transport.is_closing():
             return True
-        if self._full():
+        if self._transport.get_write_buffer_size() > BUFFER_LIMIT:
             return False
         if self.own:
             blob = self._others(frames)
@@ -310,6 +310,9 @@ class Client:
         self.own = {message_id for message_id in self.own if message_id > newest}
         return blob
 
+    def _is_closing(self) -> bool:
+        return self._closing is not None or self._transport.is_closing()
+
     def _full(self) -> bool:
         # uvloop raises where a closed transport is asked for its size.
         return not self._transport.is_closing() and self._transport.get_write_buffer_size() > BUFFER_LIMIT
@@ -317,7 +320,7 @@ class Client:
     def catch_up_from(self, cursor: int) -> None:
         """Become live by way of the log: at once if the rest is at hand, else through `write_pump`."""
         self._cursor = cursor
-        if self._transport.is_closing() or self._closing is not None:
+        if self._is_closing():
             return
         if not self._full() and (frames := self._room.since(cursor)) is not None:
             self._send(frames, self._room.head)
@@ -330,7 +333,7 @@ class Client:
         try:
             while True:
                 await self._drained()
-                if self._transport.is_closing() or self._closing is not None:
+                if self._is_closing():
                     return
                 if (frames := self._room.since(self._cursor)) is not None:
                     self._send(frames, self._room.head)

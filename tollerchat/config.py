@@ -34,7 +34,6 @@ class Config:
     # Where it listens
     host: str = _setting("127.0.0.1", "address to listen on")
     port: int = _setting(8080, "TCP port; 0 takes a free one", low=0, high=65535)
-
     access_log: bool = _setting(False, "log each HTTP request, without its token: 1 or 0")
 
     # Who may connect
@@ -122,8 +121,16 @@ class Config:
 
     def require(self) -> None:
         """Raise `ConfigError` unless both settings are there that have no default."""
+        self.require_db_url()
+        self.require_jwt_secret()
+
+    def require_db_url(self) -> None:
+        """Raise `ConfigError` without `db_url`."""
         if not self.db_url:
             raise ConfigError('DB_URL is not set: export DB_URL="postgresql://user@host/database"')
+
+    def require_jwt_secret(self) -> None:
+        """Raise `ConfigError` without `jwt_secret`."""
         if not self.jwt_secret:
             raise ConfigError('JWT_SECRET is not set: export JWT_SECRET="$(openssl rand -hex 32)"')
 

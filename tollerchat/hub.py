@@ -27,7 +27,7 @@ class Hub:
 
     def __init__(self, config: Config, repository: Repository) -> None:
         self.rooms: dict[int, Room] = {}
-        self.draining = False
+        self.draining = False  # if true, nobody is let in any more
         self.access_edition = 0  # counts what makes earlier looks at who may be where stale
         self._config = config
         self._repository = repository
@@ -159,10 +159,6 @@ class Hub:
             await asyncio.sleep(tick)
             for client in self._clients():
                 client.check(loop.time(), time.time())
-
-    def start_draining(self) -> None:
-        """Let nobody in any more."""
-        self.draining = True
 
     async def close_all(self, timeout: float) -> None:
         """Close all connections, in parallel, and return when they are gone; after `timeout`, abort."""

@@ -30,9 +30,12 @@ logger = logging.getLogger("tollerchat.repository")
 # First key of the advisory locks, the second is the channel ("toll" in ASCII; schema.sql has it too).
 LOCK_KEY = 0x746F6C6C
 
+# RFC 3339; the time must be one in UTC.
+_TIME_FORMAT = """'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"""
+
 # Rows that came from elsewhere may lack a user or a time: the seed's columns are nullable.
-_COLUMNS = """content, coalesce(user_id, 0), channel_id, id,
-    to_char(coalesce(created_at, 'epoch') AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
+_COLUMNS = f"""content, coalesce(user_id, 0), channel_id, id,
+    to_char(coalesce(created_at, 'epoch') AT TIME ZONE 'UTC', {_TIME_FORMAT})"""
 
 _LAST = f"SELECT {_COLUMNS} FROM messages WHERE channel_id = %s AND id <= %s ORDER BY id DESC LIMIT %s"
 _AFTER = f"""
@@ -68,7 +71,7 @@ _SAVE = f"""
 
 # The ids are taken here and not by the column's default, so that each row of the answer knows its own.
 # `previous` (once per channel) is what the channel had before: main queries do not see what CTEs insert.
-_PREPARE_SAVE = """
+_PREPARE_SAVE = f"""
     SET tollerchat.writer = 'on';
     SET lock_timeout = '100ms';
     SET plan_cache_mode = force_generic_plan;
@@ -97,8 +100,8 @@ _PREPARE_SAVE = """
     )
     SELECT id, old_id, old_content, channel_exists, user_exists,
         CASE WHEN old_id IS NOT NULL
-            THEN to_char(old_created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
-            ELSE (SELECT to_char(now AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') FROM moment) END,
+            THEN to_char(old_created_at AT TIME ZONE 'UTC', {_TIME_FORMAT})
+            ELSE (SELECT to_char(now AT TIME ZONE 'UTC', {_TIME_FORMAT}) FROM moment) END,
         CASE WHEN row_number() OVER (PARTITION BY channel_id ORDER BY n) = 1
             THEN coalesce((SELECT max(messages.id) FROM messages
                 WHERE messages.channel_id = incoming.channel_id), 0) END
@@ -148,8 +151,8 @@ class Repository:
     """Messages, channels and users in PostgreSQL. Every method raises `Unavailable` within a bounded time."""
 
     def __init__(self, config: Config) -> None:
-        self._config = config
         self.watch = ConnectionWatch()
+        self._config = config
         self._readers: aiopg.Pool | None = None
         self._writer: aiopg.Pool | None = None
 

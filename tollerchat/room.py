@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Final
 
@@ -80,7 +80,7 @@ class Room:
             # One more than is sent to those who join: it tells exactly where the others begin.
             size = self._history_size + 1
             messages = await self._repository.load_last_messages(self.channel_id, until, size)
-        frames = [(message.message_id, encode(message)) for message in messages]
+        frames = _frames(messages)
         if not self._loaded:
             self._move_head(frames[-1][0] if frames else 0)
             self._loaded = True
@@ -88,8 +88,7 @@ class Room:
             return  # so much came meanwhile that the recent frames are enough by now
         self._floor = frames.pop(0)[0] if len(frames) == size else 0
         frames.extend(frame for frame in self._recent if frame[0] > until)
-        self._recent.clear()
-        self._recent_size = 0
+        self._forget_recent()
         self._remember(frames)
         self._pursue()  # commits may have landed meanwhile
 
@@ -132,8 +131,7 @@ class Room:
     def forget(self) -> None:
         """Messages were deleted or changed: do not send the old ones from memory."""
         self._edition += 1
-        self._recent.clear()
-        self._recent_size = 0
+        self._forget_recent()
         self._floor = self.head
 
     async def reach(self, message_id: int) -> None:
@@ -193,7 +191,7 @@ class Room:
 
     def _extend(self, messages: Sequence[OutgoingMessage]) -> None:
         """Move the head: one blob for all live clients."""
-        frames = [(m.message_id, encode(m)) for m in messages if m.message_id > self.head]
+        frames = _frames(message for message in messages if message.message_id > self.head)
         if not frames:
             return
         before = self.head
@@ -211,6 +209,10 @@ class Room:
         for client in lagging:
             self.live.discard(client)
             client.catch_up_from(before)
+
+    def _forget_recent(self) -> None:
+        self._recent.clear()
+        self._recent_size = 0
 
     def _remember(self, frames: Sequence[LogFrame]) -> None:
         self._recent.extend(frames)
@@ -241,7 +243,7 @@ class Room:
         """A page of what follows `cursor`, from the log, and the cursor after it. Raises `Unavailable`."""
         until = self.head
         messages = await self._repository.load_messages_after(self.channel_id, cursor, until, PAGE_SIZE)
-        frames = [(message.message_id, encode(message)) for message in messages]
+        frames = _frames(messages)
         return frames, frames[-1][0] if len(frames) == PAGE_SIZE else until
 
     def tell_others(self, sender: Client, data: bytes) -> None:
@@ -249,3 +251,7 @@ class Room:
         for client in self.live:
             if client is not sender:
                 client.offer(data)
+
+
+def _frames(messages: Iterable[OutgoingMessage]) -> list[LogFrame]:
+    return [(message.message_id, encode(message)) for message in messages]
