@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from tollerchat.app import hub_key
+
 
 async def test_message_reaches_the_others_with_its_id_and_time(server, database):
     alice, bob = await server.connect(1), await server.connect(2)
@@ -67,6 +69,21 @@ async def test_history_of_a_warm_room_has_what_was_said_live(server, database):
     carol = await server.connect(3)
     assert await carol.receive_contents(2) == ["before", "live"]
     assert await carol.settled() == []
+
+
+async def test_history_is_whole_though_messages_change_while_one_joins(server, database, monkeypatch):
+    """A deletion, or the bus coming back, empties the room's memory between its load and the look at it."""
+    hub = server.app[hub_key]
+    register = hub.register
+
+    async def register_and_forget(client):
+        room = await register(client)
+        room.forget()
+        return room
+
+    monkeypatch.setattr(hub, "register", register_and_forget)
+    database.insert("a", "b", "c")
+    assert await (await server.connect(1)).receive_contents(3) == ["a", "b", "c"]
 
 
 async def test_empty_channel_has_no_history(server):

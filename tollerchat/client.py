@@ -109,6 +109,7 @@ class Client:
         """
         self._room = room
         if after is None:
+            await room.load()  # again, without a wait if nothing was forgotten meanwhile
             self._cursor = room.history_cursor()
             return
         if after > room.head:  # the room may be behind the log
