@@ -1,4 +1,4 @@
--- Tables, indexes and triggers of tollerchat, for PostgreSQL 14 and later.
+-- Tables, indexes and triggers of tollerchat, for PostgreSQL 14 and later (tested on 16 and 18).
 -- May be applied any number of times, also to a database that has the tables of the original Toller-Chat.
 
 BEGIN;
