@@ -152,6 +152,8 @@ def _has_surrogate(text: str) -> bool:
 
 def _explain(exc: Exception, frame: object) -> ChatError:
     """What is wrong with a frame that did not fit its struct; `frame` is None if it is not even JSON."""
+    if isinstance(exc, RecursionError):  # before all else: how deep json goes depends on Python's version
+        return InvalidJson("the frame is nested too deeply")
     if frame is None:
         return InvalidJson(f"the frame is not valid JSON: {exc}")
     if not isinstance(frame, dict):
