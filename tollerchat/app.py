@@ -18,6 +18,7 @@ from tollerchat.http import error_response
 from tollerchat.hub import Hub
 from tollerchat.logs import hide_tokens
 from tollerchat.repository import Repository
+from tollerchat.tasks import end_tasks
 from tollerchat.writer import MessageWriter
 
 __all__ = ("bus_key", "config_key", "create_app", "drain", "hub_key", "repository_key", "setup", "writer_key")
@@ -108,8 +109,7 @@ async def _background(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end_tasks(task)
 
 
 async def drain(app: web.Application) -> None:

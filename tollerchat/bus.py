@@ -12,6 +12,7 @@ from tollerchat.config import Config
 from tollerchat.errors import Unavailable
 from tollerchat.hub import Hub
 from tollerchat.repository import connect
+from tollerchat.tasks import end_tasks
 from tollerchat.watch import ConnectionWatch
 
 __all__ = ("PostgresBus",)
@@ -59,8 +60,7 @@ class PostgresBus:
                 notification = await connection.notifies.get()
                 await self._dispatch(notification.payload)
         finally:
-            probing.cancel()
-            await asyncio.gather(probing, return_exceptions=True)
+            await end_tasks(probing)
 
     async def _probe(self, connection: aiopg.Connection) -> None:
         """Close a connection that is dead but does not tell; else look for hints that were lost."""

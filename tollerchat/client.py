@@ -33,6 +33,7 @@ from tollerchat.protocol import (
 )
 from tollerchat.repository import NewMessage, Saved
 from tollerchat.room import RETRY_DELAY, LogFrame, Room
+from tollerchat.tasks import end_tasks
 from tollerchat.writer import MessageWriter
 
 __all__ = ("Client", "Connection")
@@ -154,10 +155,9 @@ class Client:
         # What was written may still go out, a close frame say; then the descriptor is closed,
         # whatever the peer does.
         asyncio.get_running_loop().call_later(CLOSE_TIMEOUT, self._transport.abort)
-        tasks = [task for task in (self._pump, self._closing) if task is not None]
-        if self._pump is not None:
-            self._pump.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(self._pump)
+        if self._closing is not None:
+            await asyncio.gather(self._closing, return_exceptions=True)
         if self._draining is not None and not self._draining.done():
             self._transport.abort()
             await asyncio.gather(self._draining, return_exceptions=True)

@@ -309,14 +309,15 @@ class Repository:
         conn = None
         try:
             async with pool.acquire() as conn, conn.cursor() as cursor:
-                await cursor.execute(sql, parameters)
+                try:
+                    await cursor.execute(sql, parameters)
+                except asyncio.CancelledError:
+                    if conn.closed:
+                        raise
+                    # aiopg's way to say that the server cancelled the query (statement_timeout, an operator)
+                    raise Unavailable("the database cancelled the query") from None
                 rows: list[tuple[Any, ...]] = await cursor.fetchall()
                 return rows
-        except asyncio.CancelledError:
-            if conn is None or conn.closed:
-                raise
-            # aiopg's way to say that the server cancelled the query (statement_timeout, an operator)
-            raise Unavailable("the database cancelled the query") from None
         except psycopg2.ProgrammingError as exc:
             logger.error("the database refused a query: %s", exc)
             raise Unavailable("the database is not set up: run tollerchat init-db") from exc

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from tollerchat.errors import Unavailable
 from tollerchat.protocol import MAX_BIGINT, OutgoingMessage, encode
 from tollerchat.repository import Repository, Saved
+from tollerchat.tasks import end_tasks
 
 if TYPE_CHECKING:
     from tollerchat.client import Client
@@ -94,10 +95,7 @@ class Room:
 
     async def close(self) -> None:
         """Stop reading the log; nobody is in the room any more."""
-        tasks = [task for task in (self._loading, self._catching_up) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(self._loading, self._catching_up)
 
     # -- how the log grows -------------------------------------------------------------------------
 
