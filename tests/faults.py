@@ -382,7 +382,7 @@ class RawClient:
 
     async def send(self, *frames):
         """Send frames (objects) in one burst."""
-        data = b"".join(_masked(json.dumps(frame, ensure_ascii=False).encode()) for frame in frames)
+        data = b"".join(client_frame(json.dumps(frame, ensure_ascii=False).encode()) for frame in frames)
         await asyncio.get_running_loop().sock_sendall(self.socket, data)
 
     async def _more(self, seconds=WAIT):
@@ -419,7 +419,7 @@ class RawClient:
         self.socket.close()
 
 
-def _masked(payload):
+def client_frame(payload):
     size = len(payload)
     length = bytes([128 | size]) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
     return b"\x81" + length + b"\0\0\0\0" + payload

@@ -10,20 +10,20 @@ import json
 import selectors
 from unittest import mock
 
-import aiohttp
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from tests.faults import Log, Row, check, unframe
+from tests.faults import Log, Row, check, client_frame, unframe
 from tests.support import SECRET
 from tollerchat import Config, room
 from tollerchat.auth import Identity
-from tollerchat.client import BUFFER_LIMIT, Client
+from tollerchat.client import Client
 from tollerchat.errors import NonceConflict, Unavailable
 from tollerchat.hub import Hub
 from tollerchat.protocol import OutgoingMessage
 from tollerchat.repository import Saved
+from tollerchat.websocket import BUFFER_LIMIT, WebSocket
 from tollerchat.writer import MessageWriter
 
 HISTORY = 3
@@ -168,14 +168,15 @@ class Peer:
     While it does not read, each byte in the buffer is one too many.
     """
 
-    def __init__(self, name, user_id, after):
+    def __init__(self, loop, name, user_id, after):
         self.log = Log(name, user_id, after=after)
+        self._loop = loop
         self.reads = True
         self.closed = False
         self.flooded = False  # it was sent messages while it read nothing
-        self._incoming = asyncio.Queue()
+        self._protocol = None
+        self._unsent = []  # before the connection was accepted
         self._buffer = bytearray()
-        self._waiter = None
 
     # The transport
 
@@ -191,46 +192,49 @@ class Peer:
     def get_write_buffer_size(self):
         return 0 if self.reads or not self._buffer else BUFFER_LIMIT + len(self._buffer)
 
+    def pause_reading(self):
+        """What it sends is in no buffer that could be full."""
+
+    def resume_reading(self):
+        """See pause_reading()."""
+
     def write(self, data):
         assert not self.closed, "written to a closed transport"
-        if self.get_write_buffer_size() > BUFFER_LIMIT and b'"type":"message"' in data:
+        if self._protocol.full and b'"type":"message"' in data:
             self.flooded = True
         self._buffer += data
         if self.reads:
             self.read()
+        elif not self._protocol.full:
+            self._protocol.pause_writing()
 
     def abort(self):
-        self.closed = True
-        self._incoming.put_nowait(aiohttp.WSMessage(aiohttp.WSMsgType.CLOSED, None, None))
-        self._wake()
+        if not self.closed:
+            self.closed = True
+            if self._protocol is not None:
+                self._loop.call_soon(self._protocol.connection_lost, None)
 
-    async def drain(self):
-        """As aiohttp has it: one future for all who wait, not shielded."""
-        if self.get_write_buffer_size() > BUFFER_LIMIT:
-            if self._waiter is None:
-                self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+    # The protocol
 
-    def _wake(self):
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+    def connect(self, client):
+        self._protocol = WebSocket(self, client, CONFIG.max_frame_size)
+        client.start(self._protocol)
+        for data in self._unsent:
+            self._receive(data)
 
-    # The connection
-
-    async def receive(self):
-        return await self._incoming.get()
-
-    async def close(self, *, code, message):
-        await self.drain()
-        self.abort()
-        return True
+    def _receive(self, data):
+        if not self.closed:
+            self._protocol.data_received(data)
 
     # The peer
 
     def send(self, frame):
         self.log.sent(frame)
-        self._incoming.put_nowait(aiohttp.WSMessage(aiohttp.WSMsgType.TEXT, json.dumps(frame), None))
+        data = client_frame(json.dumps(frame).encode())
+        if self._protocol is None:
+            self._unsent.append(data)
+        else:
+            self._loop.call_soon(self._receive, data)
 
     def read(self, frames=None):
         """Read some frames, or all, and from now on all."""
@@ -241,8 +245,12 @@ class Peer:
             if opcode == 1:
                 self.log.received(json.loads(payload))
             frames = frames and frames - 1
-        if self.get_write_buffer_size() <= BUFFER_LIMIT:
-            self._wake()
+        if self._protocol is not None and self._protocol.full and self.get_write_buffer_size() == 0:
+            self._loop.call_soon(self._resume)
+
+    def _resume(self):
+        if self._protocol.full and not self.closed and self.get_write_buffer_size() == 0:
+            self._protocol.resume_writing()
 
 
 class Channel(RuleBasedStateMachine):
@@ -294,13 +302,13 @@ class Channel(RuleBasedStateMachine):
             client = Client(CONFIG, self.hub, self.writer, Identity(user_id, float("inf")), 1, v1=True)
             try:
                 await client.seek(await self.hub.register(client), after)
-                await client.run(peer, peer, peer.drain)
             except Unavailable:
                 peer.closed = True
-            finally:
                 await self.hub.unregister(client)
+            else:
+                peer.connect(client)
 
-        peer = Peer(f"peer {len(self.logs)}", user_id, after)
+        peer = Peer(self.loop, f"peer {len(self.logs)}", user_id, after)
         self.tasks.append(self.loop.create_task(serve(peer)))
         self.peers.append(peer)
         self.logs.append(peer.log)

@@ -26,8 +26,10 @@ class Poster:
     """The sender of one posted message: no connection, so nothing to keep from it."""
 
     def __init__(self) -> None:
-        self.own: set[int] = set()
         self.answer: asyncio.Future[Saved | ChatError] = asyncio.get_running_loop().create_future()
+
+    def committed(self, message_id: int) -> None:
+        """The broadcast is for everybody."""
 
     def stored(self, saved: Saved, nonce: str | None) -> None:
         self._set(saved)

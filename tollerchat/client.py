@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
-import socket
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
 
-import aiohttp
+from aiohttp.http import WSMessage, WSMsgType
 
 from tollerchat.auth import Identity, verify_token
 from tollerchat.config import Config
-from tollerchat.errors import ChatError, InvalidFrame, TooSlow, Unauthorized, Unavailable
-from tollerchat.hub import Hub
-from tollerchat.linger import linger
+from tollerchat.errors import ChatError, InvalidFrame, Unauthorized, Unavailable
 from tollerchat.protocol import (
     PING_FRAME,
     AckFrame,
@@ -33,26 +29,17 @@ from tollerchat.protocol import (
 )
 from tollerchat.repository import NewMessage, Saved
 from tollerchat.room import RETRY_DELAY, LogFrame, Room
-from tollerchat.tasks import end_tasks
+from tollerchat.websocket import WebSocket
 from tollerchat.writer import MessageWriter
 
-__all__ = ("Client", "Connection")
+if TYPE_CHECKING:
+    from tollerchat.hub import Hub
+
+__all__ = ("Client",)
 
 logger = logging.getLogger("tollerchat.client")
 
-# Bytes that may wait in a connection's buffer; beyond, the client is lagging and gets no live frames.
-BUFFER_LIMIT: Final = 64 * 1024
-SEND_BUFFER: Final = 128 * 1024  # bytes in the kernel, for one connection
 TYPING_INTERVAL: Final = 1.0  # seconds
-CLOSE_TIMEOUT: Final = 2.0  # seconds for the closing handshake; then the connection is aborted
-
-
-class Connection(Protocol):
-    """What a client needs of its WebSocket; aiohttp's `WebSocketResponse` has it."""
-
-    async def receive(self) -> aiohttp.WSMessage: ...
-    async def pong(self, message: bytes = b"") -> None: ...
-    async def close(self, *, code: int, message: bytes) -> bool: ...
 
 
 class Client:
@@ -62,6 +49,33 @@ class Client:
     is the room's head, and each commit is one write. Else it is *catching up*: `write_pump` feeds it from
     the log with backpressure until its cursor is the head.
     """
+
+    # There are many of them, and most are idle: sets and futures are made when needed.
+    __slots__ = (
+        "__weakref__",
+        "_config",
+        "_cursor",
+        "_floor",
+        "_gap",
+        "_hub",
+        "_in_flight",
+        "_loop",
+        "_next_ping",
+        "_next_typing",
+        "_own",
+        "_ready",
+        "_refusal",
+        "_room",
+        "_socket",
+        "_writable",
+        "_writer",
+        "channel_id",
+        "expires_at",
+        "pump",
+        "unsettled",
+        "user_id",
+        "v1",
+    )
 
     def __init__(
         self,
@@ -76,30 +90,24 @@ class Client:
         self.user_id, self.expires_at = identity
         self.channel_id = channel_id
         self.v1 = v1
-        self.own: set[int] = set()  # ids of its own messages that its cursor has not passed yet
-        self.unsettled: set[str] = set()  # nonces of messages that may be stored, or may not
-        self.ended = asyncio.Event()
+        self.unsettled: set[str] | None = None  # nonces of messages that may be stored, or may not
+        self.pump: asyncio.Task[None] | None = None  # write_pump, while catching up
         self._config = config
         self._hub = hub
         self._writer = writer
+        self._loop = asyncio.get_running_loop()
+        self._own: set[int] | None = None  # ids of its own messages that its cursor has not passed yet
+        self._floor = 0  # frames up to this id are not for it, though its cursor may be before
         self._ready = False  # history was sent
         self._gap = False
         self._cursor = 0
         self._in_flight = 0
-        self._slot_free: asyncio.Future[None] | None = None
+        self._writable: asyncio.Future[None] | None = None  # what write_pump waits for
         self._next_typing = 0.0  # loop times
-        self._last_seen = 0.0
         self._next_ping = 0.0
-        self._running = False
-        self._refusal: tuple[int, str] | None = None  # a close() that came before run()
-        self._pump: asyncio.Task[None] | None = None
-        self._closing: asyncio.Task[None] | None = None
-        self._draining: asyncio.Task[None] | None = None
-        # Set by run()
+        self._refusal: tuple[int, str] | None = None  # a close() that came before start()
+        self._socket: WebSocket | None = None
         self._room: Room
-        self._connection: Connection
-        self._transport: asyncio.Transport
-        self._drain: Callable[[], Awaitable[None]]
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -115,6 +123,7 @@ class Client:
             return
         if after > room.head:  # the room may be behind the log
             # Beyond the newest row there is nothing, its rows were deleted; new ones have greater ids.
+            self._own, self._floor = {after}, after
             after = min(after, await self._hub.newest_id(self.channel_id))
             await room.reach(after)
         self._cursor = after
@@ -126,115 +135,84 @@ class Client:
         elif len(frames) > limit:
             self._cursor, self._gap = frames[-limit - 1][0], True
 
-    async def run(
-        self, connection: Connection, transport: asyncio.Transport, drain: Callable[[], Awaitable[None]]
-    ) -> None:
-        """Serve the connection until it ends. `drain` waits until the transport's buffer is low."""
-        self._connection, self._transport, self._drain = connection, transport, drain
-        self._running = True
-        transport.set_write_buffer_limits(high=BUFFER_LIMIT)
-        # The kernel's buffer would grow to megabytes, and hide for seconds that a slow client does read.
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        self._seen()
-        self._next_ping = self._last_seen + random.uniform(0.5, 1.0) * self._config.ping_interval
-        try:
-            if self._refusal is not None:
-                self.close(*self._refusal)
-            self.catch_up_from(self._cursor)
-            await self.read_pump()
-        except TooSlow:
-            self.close(CloseCode.TOO_SLOW, "did not keep up")
-        except Exception:
-            logger.exception("a connection of user %d failed", self.user_id)
-            self.close(CloseCode.INTERNAL_ERROR, "internal error")
-        finally:
-            await self._end()
-
-    async def _end(self) -> None:
-        self._room.live.discard(self)
-        # What was written may still go out, a close frame say; then the descriptor is closed,
-        # whatever the peer does.
-        asyncio.get_running_loop().call_later(CLOSE_TIMEOUT, self._transport.abort)
-        await end_tasks(self._pump)
-        if self._closing is not None:
-            await asyncio.gather(self._closing, return_exceptions=True)
-        if self._draining is not None and not self._draining.done():
-            self._transport.abort()
-            await asyncio.gather(self._draining, return_exceptions=True)
-        self.ended.set()
+    def start(self, websocket: WebSocket) -> None:
+        """Send what it missed, and then what is new; take what it sends."""
+        self._socket = websocket
+        self._next_ping = self._loop.time() + random.uniform(0.5, 1.0) * self._config.ping_interval
+        if self._refusal is not None:
+            self.close(*self._refusal)
+        self.catch_up_from(self._cursor)
 
     def close(self, code: int, reason: str) -> None:
         """Close the connection, in the background; the first caller decides the code."""
-        if not self._running:
+        if self._socket is None:
             self._refusal = self._refusal or (code, reason)
-        elif self._closing is None:
+        else:
             self._room.live.discard(self)
-            self._closing = asyncio.create_task(self._close(code, reason))
-
-    async def _close(self, code: int, reason: str) -> None:
-        closing = asyncio.ensure_future(self._connection.close(code=code, message=reason.encode()))
-        done, _ = await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT)
-        if not done:
-            logger.info("user %d did not close within %s s: aborted", self.user_id, CLOSE_TIMEOUT)
-            self._transport.abort()  # which ends whatever close() waits for
-        await asyncio.gather(closing, return_exceptions=True)
+            self._socket.close(code, reason)
 
     def abort(self) -> None:
         """End the connection at once: the peer is dead."""
-        if self._running:
-            self._transport.abort()
+        if self._socket is not None:
+            self._socket.transport.abort()
+
+    def lost(self) -> None:
+        """The connection is gone."""
+        self._room.live.discard(self)
+        self._hub.dismiss(self)
 
     def check(self, now: float, unix_time: float) -> None:
-        """Ping if it is time to; end a connection that is dead or whose token has expired."""
-        if not self._running or self._closing is not None:
+        """Ping if it is time to; end a connection that is dead or stuck or whose token has expired."""
+        if (websocket := self._socket) is None or websocket.closing:
             return
         if unix_time >= self.expires_at:
             self.close(CloseCode.TOKEN_EXPIRED, "the token has expired")
-        elif now - self._last_seen > self._config.pong_timeout:
+        elif now - websocket.heard_at > self._config.pong_timeout:
             logger.info("user %d has not answered for %s s: aborted", self.user_id, self._config.pong_timeout)
             self.abort()
+        elif websocket.is_stuck(now, self._config.write_timeout):
+            self.close(CloseCode.TOO_SLOW, "did not keep up")
         elif now >= self._next_ping:
             self._next_ping = now + self._config.ping_interval
             self.offer(PING_FRAME)
 
     # -- from the client ---------------------------------------------------------------------------
 
-    async def read_pump(self) -> None:
-        """Take frames until the connection ends."""
-        while True:
-            await self._room_to_answer()
-            frame = await self._connection.receive()
-            self._seen()
-            if frame.type is aiohttp.WSMsgType.TEXT:
-                self._receive(frame.data)
-            elif frame.type is aiohttp.WSMsgType.BINARY:
-                self._send_error(InvalidFrame("binary frames are not understood: send text frames"))
-            elif frame.type is aiohttp.WSMsgType.PING:
-                await self._connection.pong(frame.data)
-            elif frame.type is aiohttp.WSMsgType.ERROR:
-                await linger(self._transport, CLOSE_TIMEOUT)
-                return
-            elif frame.type is not aiohttp.WSMsgType.PONG:
-                return
+    def read_pump(self) -> None:
+        """Take the frames that came, unless too much of this client is under way."""
+        websocket = self._socket
+        assert websocket is not None
+        while not self._is_busy() and websocket.parse():
+            pass
 
-    def _receive(self, text: str) -> None:
+    def _is_busy(self) -> bool:
+        """Whether too much is under way: messages to the database, or answers to it."""
+        websocket = self._socket
+        assert websocket is not None
+        return (self._in_flight >= self._config.max_in_flight or websocket.full) and not websocket.closing
+
+    def received(self, frame: WSMessage) -> None:
+        """A frame of the client."""
+        if frame.type is not WSMsgType.TEXT:
+            self._send_error(InvalidFrame("binary frames are not understood: send text frames"))
+            return
         try:
-            frame = parse(text)
-            if isinstance(frame, IncomingMessage):
-                self._on_message(frame)
-            elif isinstance(frame, IncomingTyping):
+            incoming = parse(frame.data)
+            if isinstance(incoming, IncomingMessage):
+                self._on_message(incoming)
+            elif isinstance(incoming, IncomingTyping):
                 self._on_typing()
-            elif isinstance(frame, IncomingAuth):
-                self._on_auth(frame)
+            elif isinstance(incoming, IncomingAuth):
+                self._on_auth(incoming)
         except ChatError as exc:
-            self._send_error(exc, nonce_of(text))
+            self._send_error(exc, nonce_of(frame.data))
 
     def _on_message(self, frame: IncomingMessage) -> None:
         self._writer.submit(NewMessage(self.channel_id, self.user_id, frame.content, frame.nonce), self)
         self._in_flight += 1
 
     def _on_typing(self) -> None:
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         if now >= self._next_typing:
             self._next_typing = now + TYPING_INTERVAL
             self._room.tell_others(self, encode(OutgoingTyping(self.user_id, self.channel_id)))
@@ -245,38 +223,35 @@ class Client:
             raise Unauthorized("the token is of another user: open another connection for them")
         self.expires_at = identity.expires_at
 
-    async def _room_to_answer(self) -> None:
-        """Wait while too much of this client is under way: messages to the database, or answers to it."""
-        while self._in_flight >= self._config.max_in_flight:
-            self._slot_free = asyncio.get_running_loop().create_future()
-            await self._slot_free
-        if self._full():
-            await self._drained()
-
-    def _seen(self) -> None:
-        self._last_seen = asyncio.get_running_loop().time()
-
     # -- answers to its own messages, from the writer ----------------------------------------------
 
+    def committed(self, message_id: int) -> None:
+        """A message of its own has this id: it is not to be sent to it."""
+        if self._own is None:
+            self._own = set()
+        self._own.add(message_id)
+
     def stored(self, saved: Saved, nonce: str | None) -> None:
-        """The message is committed."""
-        self._settle()
-        if nonce is not None:
+        """The message is committed, and the others have it."""
+        if self.unsettled is not None and nonce is not None:
             self.unsettled.discard(nonce)
         if self.v1:
             self.write(encode(AckFrame(nonce, saved.message.message_id, saved.message.created_at)))
+        self._settle()
 
     def refused(self, error: ChatError, nonce: str | None) -> None:
         """The message is not stored, or not known to be."""
-        self._settle()
         if nonce is not None and isinstance(error, Unavailable):
+            if self.unsettled is None:
+                self.unsettled = set()
             self.unsettled.add(nonce)
         self._send_error(error, nonce)
+        self._settle()
 
     def _settle(self) -> None:
         self._in_flight -= 1
-        if self._slot_free is not None and not self._slot_free.done():
-            self._slot_free.set_result(None)
+        if self._in_flight == self._config.max_in_flight - 1:
+            self._loop.call_soon(self.read_pump)  # not now, within the answers to others
 
     def _send_error(self, error: ChatError, nonce: str | None = None) -> None:
         self.write(encode(ErrorFrame(error.code, str(error), nonce)))
@@ -284,71 +259,81 @@ class Client:
     # -- to the client -----------------------------------------------------------------------------
 
     def write(self, data: bytes) -> None:
-        """Hand whole frames to the transport, unless the connection is closing."""
-        if not self._is_closing():
-            self._transport.write(data)
+        """Hand over whole frames, unless the connection is closing."""
+        if self._socket is not None:
+            self._socket.write(data)
 
     def offer(self, data: bytes) -> None:
-        """Hand over frames that a lagging client can do without."""
-        if not self._full():
-            self.write(data)
+        """Hand over frames that one who reads too slowly can do without."""
+        if self._socket is not None and not self._socket.full:
+            self._socket.write(data)
 
     def deliver(self, blob: bytes, frames: Sequence[LogFrame]) -> bool:
         """Give a live client what was committed; false if it lags. `blob` is all `frames`, joined."""
-        if self._transport.is_closing():
-            return True
-        if self._transport.get_write_buffer_size() > BUFFER_LIMIT:
+        websocket = self._socket
+        assert websocket is not None
+        if websocket.full:
             return False
-        if self.own:
-            blob = self._others(frames)
-        self._transport.write(blob)
+        websocket.write(self._others(frames) if self._own else blob)
         return True
 
     def _others(self, frames: Sequence[LogFrame]) -> bytes:
         """Frames without the client's own ones, and forget those: the cursor passes them."""
-        blob = b"".join(data for message_id, data in frames if message_id not in self.own)
+        own, floor = self._own, self._floor
+        if own is None:
+            return b"".join(data for _, data in frames)
         newest = frames[-1][0]
-        self.own = {message_id for message_id in self.own if message_id > newest}
-        return blob
-
-    def _is_closing(self) -> bool:
-        return self._closing is not None or self._transport.is_closing()
-
-    def _full(self) -> bool:
-        # uvloop raises where a closed transport is asked for its size.
-        return not self._transport.is_closing() and self._transport.get_write_buffer_size() > BUFFER_LIMIT
+        self._own = {message_id for message_id in own if message_id > newest} or None
+        return b"".join(data for message_id, data in frames if message_id not in own and message_id > floor)
 
     def catch_up_from(self, cursor: int) -> None:
         """Become live by way of the log: at once if the rest is at hand, else through `write_pump`."""
+        websocket = self._socket
+        assert websocket is not None
         self._cursor = cursor
-        if self._is_closing():
+        if websocket.closing:
             return
-        if not self._full() and (frames := self._room.since(cursor)) is not None:
+        if not websocket.full and (frames := self._room.since(cursor)) is not None:
             self._send(frames, self._room.head)
             self._go_live()
         else:
-            self._pump = asyncio.create_task(self.write_pump())
+            self.pump = asyncio.create_task(self.write_pump())
 
     async def write_pump(self) -> None:
         """Send what follows the cursor, as fast as the client reads, until it is live."""
+        websocket = self._socket
+        assert websocket is not None
         try:
-            while True:
-                await self._drained()
-                if self._is_closing():
-                    return
-                if (frames := self._room.since(self._cursor)) is not None:
+            while not websocket.closing:
+                if websocket.full:
+                    self._writable = self._loop.create_future()
+                    await self._writable
+                elif (frames := self._room.since(self._cursor)) is not None:
                     self._send(frames, self._room.head)
                     self._go_live()  # no await since the look at the head: nothing can be missed
                     return
-                try:
-                    frames, cursor = await self._room.read(self._cursor)
-                except Unavailable as exc:
-                    logger.warning("a client cannot catch up yet: %s", exc)
-                    await asyncio.sleep(RETRY_DELAY)
                 else:
-                    self._send(frames, cursor)
-        except TooSlow:
-            self.close(CloseCode.TOO_SLOW, "did not keep up")
+                    frames, cursor = await self._read_page()
+                    if not websocket.full:  # or it will be read again
+                        self._send(frames, cursor)
+        except Exception:
+            logger.exception("a connection of user %d failed", self.user_id)
+            self.close(CloseCode.INTERNAL_ERROR, "internal error")
+
+    async def _read_page(self) -> tuple[list[LogFrame], int]:
+        """What follows the cursor, and the cursor after it; when the database can be reached."""
+        while True:
+            try:
+                return await self._room.read(self._cursor)
+            except Unavailable as exc:
+                logger.warning("a client cannot catch up yet: %s", exc)
+                await asyncio.sleep(RETRY_DELAY)
+
+    def drained(self) -> None:
+        """The client has read most of what was written."""
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+        self.read_pump()
 
     def _send(self, frames: Sequence[LogFrame], cursor: int) -> None:
         if frames:
@@ -361,19 +346,3 @@ class Client:
             if self.v1:
                 self.write(encode(ReadyFrame(self.channel_id, self.user_id, self._room.head, self._gap)))
         self._room.live.add(self)
-
-    async def _drained(self) -> None:
-        """Wait until the client has read most of what was written. Raises `TooSlow`."""
-        while self._full():
-            before = self._transport.get_write_buffer_size()
-            # aiohttp lets all who drain wait for one future, and a cancelled one would break it for the
-            # others, for its close() too: so one task waits for all of us, and is never cancelled.
-            if self._draining is None or self._draining.done():
-                self._draining = asyncio.ensure_future(self._drain_quietly())
-            await asyncio.wait({self._draining}, timeout=self._config.write_timeout)
-            if self._full() and self._transport.get_write_buffer_size() >= before:
-                raise TooSlow  # not even slowly
-
-    async def _drain_quietly(self) -> None:
-        with contextlib.suppress(ConnectionError):
-            await self._drain()

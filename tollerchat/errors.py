@@ -15,7 +15,6 @@ __all__ = (
     "InvalidNonce",
     "NonceConflict",
     "NotFound",
-    "TooSlow",
     "Unauthorized",
     "Unavailable",
     "UnknownType",
@@ -25,10 +24,6 @@ __all__ = (
 
 class ConfigError(Exception):
     """A setting is missing or wrong; the text is one line and names the remedy."""
-
-
-class TooSlow(Exception):
-    """A client has not read anything for the whole write timeout."""
 
 
 class ChatError(Exception):

@@ -4,18 +4,18 @@ from aiohttp import hdrs, web
 
 from tollerchat.client import Client
 from tollerchat.config import Config
-from tollerchat.errors import BadRequest, ChatError, Unavailable, UpgradeRequired
+from tollerchat.errors import ChatError, Unavailable
 from tollerchat.http import (
     authenticate,
     channel_id_of,
     check_origin,
     error_response,
+    handshake,
     message_id_of,
-    negotiate,
 )
 from tollerchat.hub import Hub
-from tollerchat.protocol import SUBPROTOCOL
 from tollerchat.repository import Repository
+from tollerchat.websocket import WebSocket
 from tollerchat.writer import MessageWriter
 
 __all__ = ("ChatHandler",)
@@ -31,47 +31,47 @@ class ChatHandler:
         self._writer = writer
 
     async def serve_ws(self, request: web.Request) -> web.StreamResponse:
-        """Check the request, upgrade it, and serve the connection until it ends."""
+        """Check the request and upgrade it. The connection lives on when this has returned."""
         try:
-            if request.headers.get(hdrs.UPGRADE, "").lower() != "websocket":
-                raise UpgradeRequired("this is a WebSocket route: connect with ws:// or wss://")
+            headers = handshake(request)
             if self._hub.draining:
                 raise Unavailable("the server is shutting down: connect again")
             identity = authenticate(request, self._config)
             channel_id = channel_id_of(request)
             after = message_id_of(request, "after")
-            v1 = negotiate(request)
             check_origin(request, self._config)
             edition = self._hub.access_edition
             await self._repository.check_access(channel_id, identity.user_id)
+            v1 = hdrs.SEC_WEBSOCKET_PROTOCOL in headers
+            client = Client(self._config, self._hub, self._writer, identity, channel_id, v1=v1)
+            response = web.StreamResponse(status=101, headers=headers)
+            await self._upgrade(request, response, client, after, edition)
         except ChatError as exc:
             return error_response(exc)
-        client = Client(self._config, self._hub, self._writer, identity, channel_id, v1=v1)
-        return await self._serve(request, client, after, edition)
+        except ConnectionError:
+            pass  # it hung up meanwhile, as aiohttp will find out
+        return response
 
-    async def _serve(
-        self, request: web.Request, client: Client, after: int | None, edition: int
-    ) -> web.StreamResponse:
+    async def _upgrade(
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        client: Client,
+        after: int | None,
+        edition: int,
+    ) -> None:
         try:
             room = await self._hub.register(client)
             if edition != self._hub.access_edition:
                 # Access was withdrawn from somebody after we looked, and before this client could be found.
                 await self._repository.check_access(client.channel_id, client.user_id)
             await client.seek(room, after)
-            connection = web.WebSocketResponse(
-                protocols=(SUBPROTOCOL,) if client.v1 else (),
-                max_msg_size=self._config.max_frame_size + 1,  # aiohttp refuses frames of exactly its limit
-                autoping=False,
-                compress=False,
-            )
-            writer = await connection.prepare(request)
-            transport = request.transport
-            if transport is not None:
-                await client.run(connection, transport, writer.drain)
-            return connection
-        except ChatError as exc:
-            return error_response(exc)
-        except web.HTTPBadRequest as exc:
-            return error_response(BadRequest(f"not a valid WebSocket handshake: {exc.text}"))
-        finally:
+            await response.prepare(request)
+            if request.transport is None:
+                raise ConnectionResetError
+            websocket = WebSocket(request.transport, client, self._config.max_frame_size)
+        except BaseException:
             await self._hub.unregister(client)
+            raise
+        client.start(websocket)
+        websocket.take_over(request)

@@ -1,8 +1,12 @@
 """What all routes share: everything in a request is parsed here, and refusals become responses here."""
 
+import base64
+import binascii
+import hashlib
 from urllib.parse import urlsplit
 
 from aiohttp import hdrs, web
+from aiohttp.http import WS_KEY
 
 from tollerchat.auth import Identity, verify_token
 from tollerchat.config import Config
@@ -23,9 +27,9 @@ __all__ = (
     "channel_id_of",
     "check_origin",
     "error_response",
+    "handshake",
     "integer",
     "message_id_of",
-    "negotiate",
 )
 
 BEARER_PREFIX = "bearer."
@@ -72,15 +76,34 @@ def _token(request: web.Request) -> str:
     raise Unauthorized('no token: send "Authorization: Bearer <jwt>", or ?token=<jwt>')
 
 
-def negotiate(request: web.Request) -> bool:
-    """Whether the client speaks tollerchat.v1, else it is at the plain level. Raises `BadRequest`."""
+def handshake(request: web.Request) -> dict[str, str]:
+    """The headers that accept a WebSocket (RFC 6455, section 4.2). Raises `BadRequest`, `UpgradeRequired`."""
+    headers = request.headers
+    if headers.get(hdrs.UPGRADE, "").strip().lower() != "websocket":
+        raise UpgradeRequired("this is a WebSocket route: connect with ws:// or wss://")
+    if "upgrade" not in headers.get(hdrs.CONNECTION, "").lower():
+        raise BadRequest("not a valid WebSocket handshake: it needs Connection: Upgrade")
+    if headers.get(hdrs.SEC_WEBSOCKET_VERSION) != "13":
+        raise BadRequest("not a valid WebSocket handshake: it needs Sec-WebSocket-Version: 13")
+    key = headers.get(hdrs.SEC_WEBSOCKET_KEY, "")
+    try:
+        valid = len(base64.b64decode(key, validate=True)) == 16
+    except (binascii.Error, ValueError):
+        valid = False
+    if not valid:
+        raise BadRequest("not a valid WebSocket handshake: Sec-WebSocket-Key must be 16 bytes in base64")
+    accept = base64.b64encode(hashlib.sha1(key.encode() + WS_KEY, usedforsecurity=False).digest())
+    accepted: dict[str, str] = {
+        hdrs.UPGRADE: "websocket",
+        hdrs.CONNECTION: "Upgrade",
+        hdrs.SEC_WEBSOCKET_ACCEPT: accept.decode(),
+    }
     offered = _offered_protocols(request)
     if SUBPROTOCOL in offered:
-        return True
-    if any(protocol.startswith(BEARER_PREFIX) for protocol in offered):
-        # aiohttp would log the offer, and the token with it.
+        accepted[hdrs.SEC_WEBSOCKET_PROTOCOL] = SUBPROTOCOL
+    elif any(protocol.startswith(BEARER_PREFIX) for protocol in offered):
         raise BadRequest(f"a token in Sec-WebSocket-Protocol must come with {SUBPROTOCOL}")
-    return False
+    return accepted
 
 
 def _offered_protocols(request: web.Request) -> list[str]:

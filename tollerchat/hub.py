@@ -13,6 +13,7 @@ from tollerchat.errors import NotFound, Unavailable
 from tollerchat.protocol import CloseCode
 from tollerchat.repository import Repository, Saved
 from tollerchat.room import Room
+from tollerchat.tasks import end_tasks
 
 if TYPE_CHECKING:
     from tollerchat.client import Client
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ("Hub",)
 
 logger = logging.getLogger("tollerchat.hub")
+
+ABORT_TIMEOUT = 1.0  # seconds
 
 
 class Hub:
@@ -32,6 +35,9 @@ class Hub:
         self._config = config
         self._repository = repository
         self._lock = asyncio.Lock()
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._empty = asyncio.Event()
+        self._empty.set()
 
     # -- membership --------------------------------------------------------------------------------
 
@@ -47,6 +53,7 @@ class Hub:
             if room is None:
                 room = Room(client.channel_id, self._repository, self._config.history_size)
                 self.rooms[client.channel_id] = room
+                self._empty.clear()
             room.clients.add(client)
         await room.load()
         return room
@@ -62,7 +69,19 @@ class Hub:
             if room.clients:
                 return
             del self.rooms[client.channel_id]
+            if not self.rooms:
+                self._empty.set()
         await room.close()
+
+    def dismiss(self, client: Client) -> None:
+        """Take out a client whose connection is lost, in the background."""
+        task = asyncio.create_task(self._dismiss(client))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    async def _dismiss(self, client: Client) -> None:
+        await end_tasks(client.pump)
+        await self.unregister(client)
 
     # -- what happens in the log -------------------------------------------------------------------
 
@@ -161,18 +180,22 @@ class Hub:
                 client.check(loop.time(), time.time())
 
     async def close_all(self, timeout: float) -> None:
-        """Close all connections, in parallel, and return when they are gone; after `timeout`, abort."""
-        clients = self._clients()
-        for client in clients:
+        """Close all connections, in parallel, and return when they are gone; after `timeout`, abort them."""
+        for client in self._clients():
             client.close(CloseCode.GOING_AWAY, "the server is going away")
-        waiting = [asyncio.ensure_future(client.ended.wait()) for client in clients]
-        if waiting:
-            _, stuck = await asyncio.wait(waiting, timeout=timeout)
-            for client in clients:
-                if not client.ended.is_set():
-                    client.abort()
-            for waiter in stuck:
-                waiter.cancel()
+        if not await self._empties(timeout):
+            for client in self._clients():
+                client.abort()
+            await self._empties(ABORT_TIMEOUT)
+
+    async def _empties(self, timeout: float) -> bool:
+        """Whether all clients are gone within `timeout`."""
+        try:
+            await asyncio.wait_for(self._empty.wait(), timeout)
+        except asyncio.TimeoutError:
+            return False
+        await asyncio.gather(*self._leaving)
+        return True
 
     def _clients(self) -> list[Client]:
         return [client for room in self.rooms.values() for client in room.clients]

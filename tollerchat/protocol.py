@@ -37,10 +37,12 @@ __all__ = (
     "OutgoingMessage",
     "OutgoingTyping",
     "ReadyFrame",
+    "close_frame",
     "encode",
     "nonce_of",
     "parse",
     "parse_message",
+    "pong_frame",
 )
 
 SUBPROTOCOL: Final = "tollerchat.v1"
@@ -232,3 +234,14 @@ def encode(frame: OutgoingFrame) -> bytes:
     if size < 65536:
         return b"\x81\x7e" + size.to_bytes(2, "big") + payload
     return b"\x81\x7f" + size.to_bytes(8, "big") + payload
+
+
+def pong_frame(payload: bytes) -> bytes:
+    """The answer to a ping (RFC 6455, section 5.5.3)."""
+    return b"\x8a" + len(payload).to_bytes(1, "big") + payload
+
+
+def close_frame(code: int, reason: str) -> bytes:
+    """The first or the last half of a closing handshake (RFC 6455, section 5.5.1); 0 is no code."""
+    payload = code.to_bytes(2, "big") + reason.encode()[:123] if code else b""
+    return b"\x88" + len(payload).to_bytes(1, "big") + payload

@@ -172,14 +172,14 @@ class Room:
 
     async def _recognise(self) -> None:
         """Find out which messages of unknown fate are in the log: their senders must not get them."""
-        names = {(client.user_id, nonce) for client in self.clients for nonce in client.unsettled}
+        names = {(client.user_id, nonce) for client in self.clients for nonce in client.unsettled or ()}
         if names:
             ids = await self._repository.ids_of_nonces(self.channel_id, list(names))
             for (user_id, nonce), message_id in ids.items():
                 for client in self.clients:  # one user may have sent it over several connections
-                    if client.user_id == user_id and nonce in client.unsettled:
-                        client.own.add(message_id)
+                    if client.user_id == user_id and client.unsettled and nonce in client.unsettled:
                         client.unsettled.discard(nonce)
+                        client.committed(message_id)
 
     def _move_head(self, message_id: int) -> None:
         self.head = message_id

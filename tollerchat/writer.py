@@ -26,8 +26,7 @@ LAST_RETRY_DELAY: Final = 0.5
 class Sender(Protocol):
     """Who is told what became of a message."""
 
-    own: set[int]  # ids of its messages, which it is not to be sent
-
+    def committed(self, message_id: int) -> None: ...  # before the broadcast, which it is not to get
     def stored(self, saved: Saved, nonce: str | None) -> None: ...
     def refused(self, error: ChatError, nonce: str | None) -> None: ...
 
@@ -146,8 +145,7 @@ class MessageWriter:
         committed: dict[int, list[Saved]] = {}
         for submission, result in zip(batch, results, strict=True):
             if isinstance(result, Saved):
-                # Before the broadcast: from now on, this is how its sender does not get it.
-                submission.sender.own.add(result.message.message_id)
+                submission.sender.committed(result.message.message_id)
                 if result.repeated:
                     self._hub.hint(result.message.channel_id, result.message.message_id)
                 else:

@@ -1,0 +1,209 @@
+"""`WebSocket`: an open connection, frames in and bytes out (RFC 6455)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import Any, Final, Protocol
+
+from aiohttp import web
+from aiohttp._websocket.reader import WebSocketDataQueue  # the only place to hook into the parser
+from aiohttp.http import WebSocketError, WebSocketReader, WSMessage, WSMsgType
+
+from tollerchat.protocol import CloseCode, close_frame, pong_frame
+
+__all__ = ("BUFFER_LIMIT", "CLOSE_TIMEOUT", "WebSocket")
+
+logger = logging.getLogger("tollerchat.websocket")
+
+# Bytes that may wait in a connection's buffer; beyond, it is full until a quarter of them is left.
+BUFFER_LIMIT: Final = 64 * 1024
+SEND_BUFFER: Final = 128 * 1024  # bytes in the kernel, for one connection
+CLOSE_TIMEOUT: Final = 2.0  # seconds for the closing handshake; then the connection is aborted
+SLICE: Final = 4096  # bytes parsed at a time: bounds how far a busy listener is overrun
+
+
+class Listener(Protocol):
+    """Whose connection it is."""
+
+    def read_pump(self) -> None:
+        """Call `parse` for as long as there is something to parse and to do."""
+
+    def received(self, frame: WSMessage) -> None:
+        """A whole text or binary message."""
+
+    def drained(self) -> None:
+        """The connection is not full any more."""
+
+    def lost(self) -> None:
+        """The connection is gone; called once."""
+
+
+class WebSocket(asyncio.Protocol):
+    """A connection after its handshake, taken over from aiohttp.
+
+    aiohttp would keep the request, its parser and two tasks for as long as the connection is open, and
+    switch tasks for each frame. Without them, an idle connection is a transport and this.
+    """
+
+    __slots__ = (
+        "_abort_timer",
+        "_closing",
+        "_listener",
+        "_loop",
+        "_paused",
+        "_pending",
+        "_progress_at",
+        "_reader",
+        "_unparsed",
+        "full",
+        "heard_at",
+        "transport",
+    )
+
+    def __init__(self, transport: asyncio.Transport, listener: Listener, max_size: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.transport = transport
+        self.full = False  # the peer reads too slowly
+        self.heard_at = self._loop.time()  # when anything came from the peer
+        self._listener = listener
+        self._closing = False  # our close frame was sent, or the connection is gone
+        self._abort_timer: asyncio.TimerHandle | None = None
+        self._unparsed = b""
+        self._paused = False  # not reading
+        self._progress_at = 0.0  # when a full buffer last became smaller
+        self._pending = 0  # bytes it held then
+        frames = _Frames(self, self._loop)
+        # aiohttp refuses messages of exactly its limit.
+        self._reader = WebSocketReader(frames, max_size + 1, compress=False, decode_text=True)
+        transport.set_write_buffer_limits(high=BUFFER_LIMIT)
+        # The kernel's buffer would grow to megabytes, and hide for seconds that a slow peer does read.
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+
+    def take_over(self, request: web.Request) -> None:
+        """Become the protocol of the request's transport, and take what the peer has sent meanwhile.
+
+        The response must be prepared, and the handler must return it next.
+        """
+        handler = request.protocol
+        self.transport.set_protocol(self)
+        handler.transport = None  # not to be closed by what follows
+        handler.set_parser(self)  # type: ignore[arg-type]  # any object of this shape
+        handler.connection_lost(None)
+
+    # -- from the peer -----------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        self.heard_at = self._loop.time()
+        self._unparsed = self._unparsed + data if self._unparsed else data
+        self._listener.read_pump()
+        if self._unparsed and not self._paused and not self.transport.is_closing():
+            self._paused = True
+            self.transport.pause_reading()
+
+    def feed_data(self, data: bytes) -> tuple[bool, bytes]:
+        """As aiohttp's parsers have it: what the peer sent right behind its request."""
+        self.data_received(data)
+        return False, b""
+
+    def feed_eof(self) -> None:
+        """As aiohttp's parsers have it."""
+
+    def parse(self) -> bool:
+        """Hand some of what was received to the listener; false if there was nothing."""
+        data = self._unparsed
+        if not data:
+            if self._paused and not self.transport.is_closing():
+                self._paused = False
+                self.transport.resume_reading()
+            return False
+        self._unparsed = data[SLICE:]
+        self._reader.feed_data(data[:SLICE])
+        return True
+
+    def _parsed(self, frame: WSMessage) -> None:
+        if frame.type is WSMsgType.CLOSE:
+            self._close_received(frame.data)
+        elif self._closing or frame.type is WSMsgType.PONG:
+            pass
+        elif frame.type is WSMsgType.PING:
+            self.write(pong_frame(frame.data))
+        else:
+            self._listener.received(frame)
+
+    def _close_received(self, code: int) -> None:
+        if not self._closing:
+            self.close(code, "")
+        self.transport.close()  # what is in the buffer still goes out
+
+    def _failed(self, error: BaseException) -> None:
+        """The frame could not be parsed, or not be dealt with: nothing more will be."""
+        if isinstance(error, WebSocketError):
+            self.close(error.code, str(error))
+        else:
+            logger.error("a frame could not be dealt with", exc_info=error)
+            self.close(CloseCode.INTERNAL_ERROR, "internal error")
+        # Until the peer hangs up, or the time is over, what it sends is read and dropped: a socket that is closed
+        # with unread data answers with a reset, which may destroy the close frame (RFC 9112, section 9.6).
+
+    # -- to the peer -------------------------------------------------------------------------------
+
+    @property
+    def closing(self) -> bool:
+        """Whether nothing can be written any more."""
+        return self._closing or self.transport.is_closing()
+
+    def write(self, data: bytes) -> None:
+        """Hand whole frames to the transport, unless the connection is closing."""
+        if not self._closing and not self.transport.is_closing():
+            self.transport.write(data)
+
+    def close(self, code: int, reason: str) -> None:
+        """Start the closing handshake; the first caller decides the code. If it takes long, abort."""
+        if not self._closing:
+            self.write(close_frame(code, reason))
+            self._closing = True
+            self._abort_timer = self._loop.call_later(CLOSE_TIMEOUT, self.transport.abort)
+            if self._paused:
+                self._loop.call_soon(self._listener.read_pump)  # the peer's close frame may be there
+
+    def is_stuck(self, now: float, timeout: float) -> bool:
+        """Whether the peer, at loop time `now`, has read nothing for `timeout` seconds. Ask regularly."""
+        if not self.full:
+            return False
+        if (pending := self.transport.get_write_buffer_size()) < self._pending:
+            self._pending, self._progress_at = pending, now
+        return now - self._progress_at >= timeout
+
+    def pause_writing(self) -> None:
+        self.full = True
+        self._pending, self._progress_at = self.transport.get_write_buffer_size(), self._loop.time()
+
+    def resume_writing(self) -> None:
+        self.full = False
+        self._listener.drained()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._closing = True
+        if self._abort_timer is not None:
+            self._abort_timer.cancel()
+        self._unparsed = b""
+        del self._reader  # which refers to us: without a cycle, memory is free at once
+        self._listener.lost()
+
+
+class _Frames(WebSocketDataQueue):
+    """Where the parser puts its frames: not into a queue, but to use at once."""
+
+    __slots__ = ("_socket",)
+
+    def __init__(self, websocket: WebSocket, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(None, 0, loop=loop)  # type: ignore[arg-type]  # a protocol to pause: never used
+        self._socket = websocket
+
+    def feed_data(self, frame: Any, size: int) -> None:
+        self._socket._parsed(frame)
+
+    def set_exception(self, error: BaseException, cause: object = None) -> None:
+        self._socket._failed(error)
