@@ -31,6 +31,12 @@ class Poster:
     def committed(self, message_id: int) -> None:
         """The broadcast is for everybody."""
 
+    def hold(self) -> None:
+        """Nothing is written to it."""
+
+    def release(self) -> None:
+        """See `hold`."""
+
     def stored(self, saved: Saved, nonce: str | None) -> None:
         self._set(saved)
 

@@ -231,6 +231,16 @@ class Client:
             self._own = set()
         self._own.add(message_id)
 
+    def hold(self) -> None:
+        """Keep what is written until `release`, to make it one write."""
+        if self._socket is not None:
+            self._socket.hold()
+
+    def release(self) -> None:
+        """Write what was kept."""
+        if self._socket is not None:
+            self._socket.release()
+
     def stored(self, saved: Saved, nonce: str | None) -> None:
         """The message is committed, and the others have it."""
         if self.unsettled is not None and nonce is not None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -112,6 +112,9 @@ _PREPARE_SAVE = f"""
 _ROW_REFUSALS = (psycopg2.DataError, psycopg2.IntegrityError, psycopg2.errors.RaiseException)
 _REFUSALS = (*_ROW_REFUSALS, psycopg2.errors.LockNotAvailable)
 
+# AssertionError: aiopg, on a broken connection. RuntimeError: uvloop, on a descriptor reused too soon.
+_FAILURES = (psycopg2.Error, OSError, asyncio.TimeoutError, AssertionError, RuntimeError)
+
 
 class NewMessage(msgspec.Struct, gc=False):
     """A message that is to be stored."""
@@ -154,40 +157,26 @@ class Repository:
         self.watch = ConnectionWatch()
         self._config = config
         self._readers: aiopg.Pool | None = None
-        self._writer: aiopg.Pool | None = None
+        self._writer: aiopg.Connection | None = None
+        self._writing = asyncio.Lock()
 
     async def open(self) -> None:
-        """Make the pools. They connect when first used: a database that is away now may come back."""
-
-        async def prepare(conn: aiopg.Connection) -> None:
-            await self.watch.add(conn)
-            try:
-                async with conn.cursor() as cursor:
-                    await cursor.execute("SELECT pg_get_serial_sequence('messages', 'id')")
-                    (sequence,) = await cursor.fetchone()
-                    await cursor.execute(_PREPARE_SAVE, {"sequence": sequence})
-            except BaseException:
-                conn.close()  # the pool forgets a connection whose preparation failed
-                raise
-
-        self._readers = await self._pool(self._config.db_pool_size, self.watch.add)
-        self._writer = await self._pool(1, prepare)
-
-    async def _pool(self, size: int, on_connect: Callable[[Any], Awaitable[None]]) -> aiopg.Pool:
-        return await aiopg.create_pool(
+        """Get ready to connect. It connects when first used: a database that is away now may come back."""
+        self._readers = await aiopg.create_pool(
             self._config.db_url,
             minsize=0,
-            maxsize=size,
+            maxsize=self._config.db_pool_size,
             timeout=self._config.db_timeout,
-            on_connect=on_connect,
+            on_connect=self.watch.add,
             **_CONNECT,
         )
 
     async def close(self) -> None:
-        for pool in (self._readers, self._writer):
-            if pool is not None:
-                pool.terminate()  # close() alone would wait for a database that does not answer
-                await pool.wait_closed()
+        if self._writer is not None:
+            self._writer.close()
+        if self._readers is not None:
+            self._readers.terminate()  # close() alone would wait for a database that does not answer
+            await self._readers.wait_closed()
 
     # -- channels and users ------------------------------------------------------------------------
 
@@ -249,11 +238,20 @@ class Repository:
         # After a restart of the database, pooled connections are dead and only tell when used.
         for _ in range(self._config.db_pool_size):
             try:
-                return await self._execute(self._readers, sql, parameters)
+                return await self._read_once(sql, parameters)
             except Unavailable as exc:
                 if not exc.sent or isinstance(exc.__cause__, asyncio.TimeoutError):
                     raise
-        return await self._execute(self._readers, sql, parameters)
+        return await self._read_once(sql, parameters)
+
+    async def _read_once(self, sql: str, parameters: Any) -> list[tuple[Any, ...]]:
+        assert self._readers is not None, "open() was not awaited"
+        conn = None
+        try:
+            async with self._readers.acquire() as conn, conn.cursor() as cursor:
+                return await _query(cursor, sql, parameters)
+        except _FAILURES as exc:
+            raise _explain(exc, conn) from exc
 
     # -- writing -----------------------------------------------------------------------------------
 
@@ -274,7 +272,7 @@ class Repository:
         channel_ids = sorted({message.channel_id for message in batch})
         payload = msgspec.json.encode(batch).decode()
         try:
-            rows = await self._execute(self._writer, _SAVE, (channel_ids, payload))
+            rows = await self._write(_SAVE, (channel_ids, payload))
         except psycopg2.errors.LockNotAvailable:
             # Somebody holds a channel for long, an idle transaction say: the others must not suffer.
             if len(channel_ids) == 1:
@@ -303,31 +301,62 @@ class Repository:
             results.update(zip(numbers, part, strict=True))
         return [results[n] for n in range(len(batch))]
 
-    async def _execute(self, pool: aiopg.Pool | None, sql: str, parameters: Any) -> list[tuple[Any, ...]]:
-        """Run one query. Raises `Unavailable`, or one of `_REFUSALS` as it is."""
-        assert pool is not None, "open() was not awaited"
-        conn = None
-        try:
-            async with pool.acquire() as conn, conn.cursor() as cursor:
-                try:
-                    await cursor.execute(sql, parameters)
-                except asyncio.CancelledError:
-                    if conn.closed:
-                        raise
-                    # aiopg's way to say that the server cancelled the query (statement_timeout, an operator)
-                    raise Unavailable("the database cancelled the query") from None
-                rows: list[tuple[Any, ...]] = await cursor.fetchall()
-                return rows
-        except psycopg2.ProgrammingError as exc:
-            logger.error("the database refused a query: %s", exc)
-            raise Unavailable("the database is not set up: run tollerchat init-db") from exc
-        except (psycopg2.Error, OSError, asyncio.TimeoutError, AssertionError, RuntimeError) as exc:
-            answered = isinstance(exc, psycopg2.Error) and exc.pgcode is not None
-            if conn is not None and not conn.closed and answered:
-                if isinstance(exc, _REFUSALS):
+    async def _write(self, sql: str, parameters: Any) -> list[tuple[Any, ...]]:
+        """Run a query on the connection that is kept for writing; raises some of `_REFUSALS` as they are."""
+        async with self._writing:
+            try:
+                if self._writer is None or self._writer.closed:
+                    self._writer = None
+                    self._writer = await self._connect_writer()
+                return await _query(self._writer_cursor, sql, parameters)
+            except _FAILURES as exc:
+                if isinstance(exc, _REFUSALS) and _has_answered(self._writer, exc):
                     raise
-                raise Unavailable("the database could not run the query") from exc
-            raise Unavailable("the database is not reachable", sent=conn is not None) from exc
+                unavailable = _explain(exc, self._writer)
+                if unavailable.sent and self._writer is not None:
+                    self._writer.close()  # whatever its state is
+                raise unavailable from exc
+
+    async def _connect_writer(self) -> aiopg.Connection:
+        conn: aiopg.Connection = await connect(self._config, self._config.db_timeout)
+        try:
+            await self.watch.add(conn)
+            cursor = await conn.cursor()
+            await cursor.execute("SELECT pg_get_serial_sequence('messages', 'id')")
+            (sequence,) = await cursor.fetchone()
+            await cursor.execute(_PREPARE_SAVE, {"sequence": sequence})
+        except BaseException:
+            conn.close()
+            raise
+        self._writer_cursor = cursor
+        return conn
+
+
+async def _query(cursor: aiopg.Cursor, sql: str, parameters: Any) -> list[tuple[Any, ...]]:
+    try:
+        await cursor.execute(sql, parameters)
+    except asyncio.CancelledError:
+        if cursor.connection.closed:
+            raise
+        # aiopg's way to say that the server cancelled the query (statement_timeout, an operator)
+        raise Unavailable("the database cancelled the query") from None
+    rows: list[tuple[Any, ...]] = await cursor.fetchall()
+    return rows
+
+
+def _has_answered(conn: "aiopg.Connection | None", exc: Exception) -> bool:
+    """Whether an error came from the database, and not from a connection that failed."""
+    return conn is not None and not conn.closed and isinstance(exc, psycopg2.Error) and exc.pgcode is not None
+
+
+def _explain(exc: Exception, conn: "aiopg.Connection | None") -> Unavailable:
+    """What a failure on a connection means; without one, nothing was sent."""
+    if isinstance(exc, psycopg2.ProgrammingError):
+        logger.error("the database refused a query: %s", exc)
+        return Unavailable("the database is not set up: run tollerchat init-db")
+    if _has_answered(conn, exc):
+        return Unavailable("the database could not run the query")
+    return Unavailable("the database is not reachable", sent=conn is not None)
 
 
 def _results(batch: Sequence[NewMessage], rows: Iterable[tuple[Any, ...]]) -> list[SaveResult]:

@@ -50,6 +50,7 @@ class WebSocket(asyncio.Protocol):
     __slots__ = (
         "_abort_timer",
         "_closing",
+        "_held",
         "_listener",
         "_loop",
         "_paused",
@@ -70,6 +71,7 @@ class WebSocket(asyncio.Protocol):
         self._listener = listener
         self._closing = False  # our close frame was sent, or the connection is gone
         self._abort_timer: asyncio.TimerHandle | None = None
+        self._held: list[bytes] | None = None
         self._unparsed = b""
         self._paused = False  # not reading
         self._progress_at = 0.0  # when a full buffer last became smaller
@@ -156,12 +158,25 @@ class WebSocket(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Hand whole frames to the transport, unless the connection is closing."""
-        if not self._closing and not self.transport.is_closing():
+        if self._held is not None:
+            self._held.append(data)
+        elif not self._closing and not self.transport.is_closing():
             self.transport.write(data)
+
+    def hold(self) -> None:
+        """Keep what is written until `release`: a call of the system costs more than all the rest."""
+        self._held = []
+
+    def release(self) -> None:
+        """Write what was kept, at once."""
+        held, self._held = self._held, None
+        if held:
+            self.write(held[0] if len(held) == 1 else b"".join(held))
 
     def close(self, code: int, reason: str) -> None:
         """Start the closing handshake; the first caller decides the code. If it takes long, abort."""
         if not self._closing:
+            self.release()
             self.write(close_frame(code, reason))
             self._closing = True
             self._abort_timer = self._loop.call_later(CLOSE_TIMEOUT, self.transport.abort)

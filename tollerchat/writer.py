@@ -12,6 +12,8 @@ from tollerchat.config import Config
 from tollerchat.errors import ChannelLocked, ChatError, Unavailable
 from tollerchat.hub import Hub
 from tollerchat.repository import NewMessage, Repository, Saved, SaveResult
+from tollerchat.room import Room
+from tollerchat.tasks import end_tasks
 
 __all__ = ("MessageWriter", "Sender")
 
@@ -27,6 +29,8 @@ class Sender(Protocol):
     """Who is told what became of a message."""
 
     def committed(self, message_id: int) -> None: ...  # before the broadcast, which it is not to get
+    def hold(self) -> None: ...  # what is written now can wait
+    def release(self) -> None: ...  # until now
     def stored(self, saved: Saved, nonce: str | None) -> None: ...
     def refused(self, error: ChatError, nonce: str | None) -> None: ...
 
@@ -35,6 +39,15 @@ class Submission(NamedTuple):
     message: NewMessage
     sender: Sender
     deadline: float  # loop time after which it is not tried again
+
+
+class Commit(NamedTuple):
+    """A batch on its way to the database."""
+
+    batch: list[Submission]
+    rooms: list[Room]  # which are not to read the log past it before its answer
+    saving: asyncio.Task[list[SaveResult]]
+    retry_delay: float  # seconds
 
 
 class MessageWriter:
@@ -46,6 +59,7 @@ class MessageWriter:
         self._hub = hub
         self._waiting: deque[Submission] = deque()
         self._parked: dict[int, list[Submission]] = {}  # of channels that somebody else holds
+        self._saving: asyncio.Task[list[SaveResult]] | None = None
         self._work = asyncio.Event()  # there is something to store
         self._idle = asyncio.Event()  # there is nothing to store, and nothing being stored
         self._idle.set()
@@ -69,21 +83,57 @@ class MessageWriter:
 
     async def run(self) -> None:
         """Store what is submitted, until cancelled."""
-        while True:
-            await self._work.wait()
-            while self._waiting:
-                if not (batch := self._take_batch()):
-                    break
-                rooms = self._hub.begin_commit({submission.message.channel_id for submission in batch})
-                try:
-                    await self._store(batch)
-                except Exception:  # the rows may be stored: the log has them, and the writer must go on
-                    logger.exception("the answers to %d messages could not be dealt with", len(batch))
-                finally:
-                    self._hub.end_commit(rooms)
-            self._work.clear()
-            if not self._parked:
-                self._idle.set()
+        try:
+            while True:
+                await self._work.wait()
+                commit = self._begin(self._take_batch())
+                while commit is not None:
+                    commit = await self._finish(commit)
+                self._work.clear()
+                if not self._parked:
+                    self._idle.set()
+        finally:
+            await end_tasks(self._saving)
+
+    def _begin(self, batch: list[Submission]) -> Commit | None:
+        """Send a batch to the database, if there is one."""
+        if not batch:
+            return None
+        rooms = self._hub.begin_commit({submission.message.channel_id for submission in batch})
+        return self._send(batch, rooms, FIRST_RETRY_DELAY)
+
+    def _send(self, batch: list[Submission], rooms: list[Room], retry_delay: float) -> Commit:
+        self._saving = asyncio.create_task(self._save([submission.message for submission in batch]))
+        return Commit(batch, rooms, self._saving, retry_delay)
+
+    async def _save(self, messages: list[NewMessage]) -> list[SaveResult]:
+        try:
+            return await self._repository.save_messages(messages)
+        except Unavailable as exc:
+            logger.warning("%d messages are not stored yet: %s", len(messages), exc)
+            return [exc] * len(messages)
+        except Exception:
+            logger.exception("%d messages could not be stored", len(messages))
+            return [Unavailable("the message could not be stored", sent=True)] * len(messages)
+
+    async def _finish(self, commit: Commit) -> Commit | None:
+        """Wait for the database, and deal with its answers; returns what is on its way then."""
+        results = await commit.saving
+        following = None
+        if all(isinstance(result, Saved) for result in results):
+            # The database works on the next batch while we deliver this one.
+            following = self._begin(self._take_batch())
+            await asyncio.sleep(0)  # which has it sent
+        try:
+            retry = self._answer(commit.batch, results)
+        except Exception:  # the rows may be stored: the log has them, and the writer must go on
+            logger.exception("the answers to %d messages could not be dealt with", len(results))
+            retry = []
+        if retry:
+            await asyncio.sleep(commit.retry_delay)
+            return self._send(retry, commit.rooms, min(commit.retry_delay * 2, LAST_RETRY_DELAY))
+        self._hub.end_commit(commit.rooms)
+        return following or self._begin(self._take_batch())
 
     def _take_batch(self) -> list[Submission]:
         """What waits, in order and within bounds, but no nonce twice: the second waits for the first."""
@@ -120,26 +170,8 @@ class MessageWriter:
         self._waiting.extendleft(reversed(self._parked.pop(channel_id)))
         self._work.set()
 
-    async def _store(self, batch: list[Submission]) -> None:
-        """Try until each message has its answer or its deadline is over."""
-        delay = FIRST_RETRY_DELAY
-        while True:
-            try:
-                results = await self._repository.save_messages([each.message for each in batch])
-            except Unavailable as exc:
-                logger.warning("%d messages are not stored yet: %s", len(batch), exc)
-                results = [exc] * len(batch)
-            except Exception:
-                logger.exception("%d messages could not be stored", len(batch))
-                results = [Unavailable("the message could not be stored", sent=True)] * len(batch)
-            batch = self._answer(batch, results)
-            if not batch:
-                return
-            await asyncio.sleep(delay)
-            delay = min(delay * 2, LAST_RETRY_DELAY)
-
     def _answer(self, batch: Sequence[Submission], results: Iterable[SaveResult]) -> list[Submission]:
-        """Broadcast what is committed, then tell the senders; returns what is worth another try."""
+        """Broadcast what is committed and tell the senders; returns what is worth another try."""
         retry: list[Submission] = []
         answers: list[tuple[Submission, SaveResult]] = []
         committed: dict[int, list[Saved]] = {}
@@ -157,6 +189,10 @@ class MessageWriter:
                     retry.append(submission)
                 continue
             answers.append((submission, result))
+        # What a sender gets of this commit, others' messages and its own acks, is one write.
+        senders = {submission.sender for submission, _ in answers}
+        for sender in senders:
+            sender.hold()
         for channel_id, saved in committed.items():
             self._hub.broadcast(channel_id, saved)
         for submission, result in answers:
@@ -164,6 +200,8 @@ class MessageWriter:
                 submission.sender.stored(result, submission.message.nonce)
             else:
                 submission.sender.refused(result, submission.message.nonce)
+        for sender in senders:
+            sender.release()
         return retry
 
     def _may_retry(self, submission: Submission, error: ChatError) -> bool:
