@@ -261,3 +261,15 @@ async def test_what_was_withdrawn_while_nobody_listened_is_found(server, databas
     database.execute("DELETE FROM channel_users WHERE user_id = 2")
     assert await gone[0].closed() == 4404
     assert await member[0].closed() == 4403
+
+
+async def test_truncation_closes_with_1001_and_ids_may_start_again(server, database):
+    database.insert("old", "older")
+    bob, _ = await server.join(2)
+    database.execute("TRUNCATE messages RESTART IDENTITY")
+    assert await bob.closed() == 1001
+    alice, history = await server.join(1)
+    bob, missed = await server.join(2, after=2)
+    assert (history, missed) == ([], [])
+    await alice.send("new", nonce="n")
+    assert (await bob.receive())["message_id"] == 1

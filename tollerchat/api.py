@@ -8,6 +8,7 @@ from aiohttp import web
 from tollerchat.config import Config
 from tollerchat.errors import BadRequest, ChatError
 from tollerchat.http import authenticate, channel_id_of, error_response, integer, message_id_of
+from tollerchat.hub import Hub
 from tollerchat.protocol import MAX_BIGINT, OutgoingMessage, parse_message
 from tollerchat.repository import NewMessage, Repository, Saved
 from tollerchat.writer import MessageWriter
@@ -51,8 +52,9 @@ class Poster:
 class MessagesApi:
     """Serves `/channels/{channel_id}/messages` (docs/protocol.md, "HTTP beside it")."""
 
-    def __init__(self, config: Config, repository: Repository, writer: MessageWriter) -> None:
+    def __init__(self, config: Config, repository: Repository, hub: Hub, writer: MessageWriter) -> None:
         self._config = config
+        self._hub = hub
         self._repository = repository
         self._writer = writer
 
@@ -91,7 +93,7 @@ class MessagesApi:
     async def _admit(self, request: web.Request) -> tuple[int, int]:
         identity = authenticate(request, self._config)
         channel_id = channel_id_of(request)
-        await self._repository.check_access(channel_id, identity.user_id)
+        await self._hub.access.check(channel_id, identity.user_id)
         return channel_id, identity.user_id
 
     async def _body(self, request: web.Request) -> str:

@@ -74,9 +74,9 @@ def setup(app: web.Application, config: Config) -> None:
     app[hub_key] = hub
     app[writer_key] = writer
     app[bus_key] = PostgresBus(config, hub, repository.watch)
-    handler = ChatHandler(config, repository, hub, writer)
+    handler = ChatHandler(config, hub, writer)
     app.router.add_get("/ws/channel/{channel_id}", handler.serve_ws)
-    api = MessagesApi(config, repository, writer)
+    api = MessagesApi(config, repository, hub, writer)
     app.router.add_get("/channels/{channel_id}/messages", api.get_messages)
     app.router.add_post("/channels/{channel_id}/messages", api.post_message)
     app.router.add_get("/health", health)

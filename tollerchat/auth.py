@@ -1,5 +1,6 @@
 """Tokens: JWT -> user id and expiry."""
 
+import functools
 import math
 import time
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ from tollerchat.errors import Unauthorized
 from tollerchat.protocol import MAX_ID
 
 __all__ = ("Identity", "issue_token", "verify_token")
+
+EXPIRED = "the token has expired: get a new one"
 
 # The contract says nothing about audience, and `sub` is checked below.
 _OPTIONS: Any = {"verify_aud": False, "verify_sub": False, "verify_jti": False}
@@ -28,16 +31,23 @@ def verify_token(token: str, config: Config) -> Identity:
 
     Raises `Unauthorized`; its text never contains any part of the token.
     """
+    identity = _verify(token, config.jwt_secret, config.jwt_algorithms)
+    if identity.expires_at <= time.time():
+        raise Unauthorized(EXPIRED)
+    return identity
+
+
+# After a restart or an outage of the network, the same tokens come back all at once, again and again.
+@functools.lru_cache(maxsize=10_000)
+def _verify(token: str, secret: str, algorithms: tuple[str, ...]) -> Identity:
     try:
-        claims = jwt.decode(
-            token, config.jwt_secret, algorithms=list(config.jwt_algorithms), options=_OPTIONS
-        )
+        claims = jwt.decode(token, secret, algorithms=list(algorithms), options=_OPTIONS)
     except jwt.ExpiredSignatureError:
-        raise Unauthorized("the token has expired: get a new one") from None
+        raise Unauthorized(EXPIRED) from None
     except (jwt.ImmatureSignatureError, jwt.InvalidIssuedAtError):
         raise Unauthorized("the token is not valid yet: check the clock of its issuer") from None
     except jwt.InvalidAlgorithmError:
-        raise Unauthorized(f"the token's algorithm must be {' or '.join(config.jwt_algorithms)}") from None
+        raise Unauthorized(f"the token's algorithm must be {' or '.join(algorithms)}") from None
     except jwt.InvalidSignatureError:
         raise Unauthorized("the token's signature does not match: it was made with another secret") from None
     except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):

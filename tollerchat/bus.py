@@ -30,7 +30,7 @@ class PostgresBus:
     """LISTENs to what the triggers of schema.sql notify, and tells the hub.
 
     Payloads: `grown <channel>:<newest id> ...`, `changed <channel>`, `deleted <channel>`,
-    `access <channel>`, `user <user>`.
+    `access <channel>`, `user <user>`, `truncated`.
     """
 
     def __init__(self, config: Config, hub: Hub, watch: ConnectionWatch) -> None:
@@ -45,11 +45,15 @@ class PostgresBus:
                 async with connect(self._config, self._config.db_timeout) as connection:
                     await self._watch.add(connection)
                     await _execute(connection, "LISTEN tollerchat")
+                    self._hub.access.remembers = True
                     # Whatever was notified before is found in the tables.
                     await self._hub.resync()
                     await self._listen(connection)
             except _FAILURES as exc:
                 logger.warning("not listening to the database: %s", str(exc).strip() or type(exc).__name__)
+            finally:
+                self._hub.access.remembers = False
+                self._hub.access.forget()
             await asyncio.sleep(RETRY_DELAY)
 
     async def _listen(self, connection: aiopg.Connection) -> None:
@@ -84,9 +88,11 @@ class PostgresBus:
         elif verb == "deleted":
             self._hub.channel_deleted(int(arguments[0]))
         elif verb == "access":
-            await self._hub.check_access(int(arguments[0]))
+            await self._hub.check_access([int(arguments[0])])
         elif verb == "user":
             self._hub.user_deleted(int(arguments[0]))
+        elif verb == "truncated":
+            self._hub.truncated()
 
 
 async def _execute(connection: aiopg.Connection, sql: str) -> None:

@@ -55,7 +55,6 @@ class Client:
         "__weakref__",
         "_config",
         "_cursor",
-        "_floor",
         "_gap",
         "_hub",
         "_in_flight",
@@ -97,7 +96,6 @@ class Client:
         self._writer = writer
         self._loop = asyncio.get_running_loop()
         self._own: set[int] | None = None  # ids of its own messages that its cursor has not passed yet
-        self._floor = 0  # frames up to this id are not for it, though its cursor may be before
         self._ready = False  # history was sent
         self._gap = False
         self._cursor = 0
@@ -122,10 +120,9 @@ class Client:
             self._cursor = room.history_cursor()
             return
         if after > room.head:  # the room may be behind the log
+            await room.reach(min(after, await self._hub.newest_id(self.channel_id)))
             # Beyond the newest row there is nothing, its rows were deleted; new ones have greater ids.
-            self._own, self._floor = {after}, after
-            after = min(after, await self._hub.newest_id(self.channel_id))
-            await room.reach(after)
+            after = min(after, room.head)
         self._cursor = after
         limit = self._config.max_replay
         if (frames := room.since(after)) is None:
@@ -289,12 +286,11 @@ class Client:
 
     def _others(self, frames: Sequence[LogFrame]) -> bytes:
         """Frames without the client's own ones, and forget those: the cursor passes them."""
-        own, floor = self._own, self._floor
-        if own is None:
+        if (own := self._own) is None:
             return b"".join(data for _, data in frames)
         newest = frames[-1][0]
         self._own = {message_id for message_id in own if message_id > newest} or None
-        return b"".join(data for message_id, data in frames if message_id not in own and message_id > floor)
+        return b"".join(data for message_id, data in frames if message_id not in own)
 
     def catch_up_from(self, cursor: int) -> None:
         """Become live by way of the log: at once if the rest is at hand, else through `write_pump`."""

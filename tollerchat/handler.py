@@ -14,7 +14,6 @@ from tollerchat.http import (
     message_id_of,
 )
 from tollerchat.hub import Hub
-from tollerchat.repository import Repository
 from tollerchat.websocket import WebSocket
 from tollerchat.writer import MessageWriter
 
@@ -24,9 +23,8 @@ __all__ = ("ChatHandler",)
 class ChatHandler:
     """Serves `GET /ws/channel/{channel_id}` (docs/protocol.md, "Open a channel")."""
 
-    def __init__(self, config: Config, repository: Repository, hub: Hub, writer: MessageWriter) -> None:
+    def __init__(self, config: Config, hub: Hub, writer: MessageWriter) -> None:
         self._config = config
-        self._repository = repository
         self._hub = hub
         self._writer = writer
 
@@ -40,8 +38,8 @@ class ChatHandler:
             channel_id = channel_id_of(request)
             after = message_id_of(request, "after")
             check_origin(request, self._config)
-            edition = self._hub.access_edition
-            await self._repository.check_access(channel_id, identity.user_id)
+            edition = self._hub.access.edition
+            await self._hub.access.check(channel_id, identity.user_id)
             v1 = hdrs.SEC_WEBSOCKET_PROTOCOL in headers
             client = Client(self._config, self._hub, self._writer, identity, channel_id, v1=v1)
             response = web.StreamResponse(status=101, headers=headers)
@@ -62,9 +60,9 @@ class ChatHandler:
     ) -> None:
         try:
             room = await self._hub.register(client)
-            if edition != self._hub.access_edition:
-                # Access was withdrawn from somebody after we looked, and before this client could be found.
-                await self._repository.check_access(client.channel_id, client.user_id)
+            if edition != self._hub.access.edition:
+                # Somebody lost access after we looked, and before this client could be found.
+                await self._hub.access.check(client.channel_id, client.user_id)
             await client.seek(room, after)
             await response.prepare(request)
             if request.transport is None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from tollerchat.access import Access
 from tollerchat.config import Config
 from tollerchat.errors import NotFound, Unavailable
 from tollerchat.protocol import CloseCode
@@ -31,7 +32,7 @@ class Hub:
     def __init__(self, config: Config, repository: Repository) -> None:
         self.rooms: dict[int, Room] = {}
         self.draining = False  # if true, nobody is let in any more
-        self.access_edition = 0  # counts what makes earlier looks at who may be where stale
+        self.access = Access(repository)
         self._config = config
         self._repository = repository
         self._lock = asyncio.Lock()
@@ -126,43 +127,47 @@ class Hub:
         if room := self.rooms.get(channel_id):
             room.forget()
 
+    def truncated(self) -> None:
+        """A table was emptied, and ids may start again: everybody has to, too."""
+        self.access.forget()
+        for client in self._clients():
+            client.close(CloseCode.GOING_AWAY, "the database was emptied: connect again")
+
     # -- who may stay ------------------------------------------------------------------------------
 
     def channel_deleted(self, channel_id: int) -> None:
         """Close all connections of a channel that is gone."""
-        self.access_edition += 1
+        self.access.forget()
         if room := self.rooms.get(channel_id):
             for client in room.clients:
                 client.close(CloseCode.CHANNEL_DELETED, "the channel was deleted")
 
     def user_deleted(self, user_id: int) -> None:
         """Close all connections of a user who is gone."""
-        self.access_edition += 1
+        self.access.forget()
         for client in self._clients():
             if client.user_id == user_id:
                 client.close(CloseCode.ACCESS_WITHDRAWN, "the user was deleted")
 
-    async def check_access(self, channel_id: int) -> None:
+    async def check_access(self, channel_ids: Iterable[int]) -> None:
         """Close the connections of those who may not be in a channel any more. Raises `Unavailable`."""
-        self.access_edition += 1
-        if (room := self.rooms.get(channel_id)) is None:
-            return
-        users = {client.user_id for client in room.clients}
-        try:
-            withdrawn = users - await self._repository.allowed_users(channel_id, users)
-        except NotFound:
-            self.channel_deleted(channel_id)
-            return
-        for client in room.clients:
-            if client.user_id in withdrawn:
-                client.close(CloseCode.ACCESS_WITHDRAWN, "access to the channel was withdrawn")
+        self.access.forget()
+        rooms = [room for channel_id in channel_ids if (room := self.rooms.get(channel_id)) is not None]
+        pairs = {(room.channel_id, client.user_id) for room in rooms for client in room.clients}
+        refusals = await self._repository.refusals(pairs) if pairs else {}
+        for (channel_id, user_id), refusal in refusals.items():
+            if isinstance(refusal, NotFound):
+                self.channel_deleted(channel_id)
+            elif refusal is not None and (room := self.rooms.get(channel_id)) is not None:
+                for client in room.clients:
+                    if client.user_id == user_id:
+                        client.close(CloseCode.ACCESS_WITHDRAWN, "access to the channel was withdrawn")
 
     async def resync(self) -> None:
         """Find all that no notification told, after some may have been lost. Raises `Unavailable`."""
-        self.access_edition += 1
-        for room in list(self.rooms.values()):
+        for room in self.rooms.values():
             room.forget()
-            await self.check_access(room.channel_id)
+        await self.check_access(self.rooms)
         await self.compare_with_log()
 
     # -- all clients -------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -51,17 +51,13 @@ _NEWEST = """
     SELECT channel_id, (SELECT max(id) FROM messages WHERE messages.channel_id = asked.channel_id)
     FROM unnest(%s::int[]) AS asked (channel_id)"""
 _ACCESS = """
-    SELECT users.id IS NOT NULL, NOT channels.is_private OR channel_users.user_id IS NOT NULL
-    FROM channels
-    LEFT JOIN users ON users.id = %(user_id)s
-    LEFT JOIN channel_users ON channel_users.channel_id = channels.id AND channel_users.user_id = users.id
-    WHERE channels.id = %(channel_id)s"""
-_ALLOWED = """
-    SELECT users.id FROM channels
-    LEFT JOIN users ON users.id = ANY (%s::int[]) AND (NOT channels.is_private OR EXISTS (
-        SELECT FROM channel_users
-        WHERE channel_users.channel_id = channels.id AND channel_users.user_id = users.id))
-    WHERE channels.id = %s"""
+    SELECT asked.channel_id, asked.user_id, channels.id IS NOT NULL, users.id IS NOT NULL,
+        NOT channels.is_private OR channel_users.user_id IS NOT NULL
+    FROM unnest(%s::int[], %s::int[]) AS asked (channel_id, user_id)
+    LEFT JOIN channels ON channels.id = asked.channel_id
+    LEFT JOIN users ON users.id = asked.user_id
+    LEFT JOIN channel_users
+        ON channel_users.channel_id = asked.channel_id AND channel_users.user_id = asked.user_id"""
 
 # One round trip for a batch, and one transaction: first the locks, in sorted order; then, in a statement
 # of its own so that its snapshot has all that was committed under those locks, the rows.
@@ -180,23 +176,23 @@ class Repository:
 
     # -- channels and users ------------------------------------------------------------------------
 
-    async def check_access(self, channel_id: int, user_id: int) -> None:
-        """Raise `NotFound` without such a channel, `Forbidden` if the user may not join it."""
-        rows = await self._read(_ACCESS, {"channel_id": channel_id, "user_id": user_id})
-        if not rows:
-            raise NotFound(f"channel {channel_id} does not exist")
-        user_exists, may_join = rows[0]
-        if not user_exists:
-            raise Forbidden(f"user {user_id} does not exist")
-        if not may_join:
-            raise Forbidden(f"channel {channel_id} is private and user {user_id} is not a member")
-
-    async def allowed_users(self, channel_id: int, user_ids: Iterable[int]) -> set[int]:
-        """Those of `user_ids` that may be in the channel. Raises `NotFound` without such a channel."""
-        rows = await self._read(_ALLOWED, (list(user_ids), channel_id))
-        if not rows:
-            raise NotFound(f"channel {channel_id} does not exist")
-        return {user_id for (user_id,) in rows if user_id is not None}
+    async def refusals(self, pairs: Collection[tuple[int, int]]) -> dict[tuple[int, int], ChatError | None]:
+        """For each pair of a channel and a user: None, or why the user may not join the channel."""
+        asked = list(pairs)
+        parameters = ([channel_id for channel_id, _ in asked], [user_id for _, user_id in asked])
+        refusals: dict[tuple[int, int], ChatError | None] = {}
+        for channel_id, user_id, channel_exists, user_exists, may_join in await self._read(
+            _ACCESS, parameters
+        ):
+            refusal: ChatError | None = None
+            if not channel_exists:
+                refusal = NotFound(f"channel {channel_id} does not exist")
+            elif not user_exists:
+                refusal = Forbidden(f"user {user_id} does not exist")
+            elif not may_join:
+                refusal = Forbidden(f"channel {channel_id} is private and user {user_id} is not a member")
+            refusals[channel_id, user_id] = refusal
+        return refusals
 
     async def ping(self) -> None:
         """Raise `Unavailable` unless the database answers and has our tables."""

@@ -55,7 +55,7 @@ class Room:
         self._edition = 0  # counts what makes earlier readings of the log stale
         self._loading: asyncio.Task[None] | None = None
         self._catching_up: asyncio.Task[None] | None = None
-        self._head_moved: asyncio.Future[None] | None = None
+        self._progress: asyncio.Future[None] | None = None  # of the head, for who waits in reach()
         self._commits_in_flight = 0
         self._heard = 0  # the newest id announced by anybody
         self._target = 0  # the newest id that the room may read from the log
@@ -133,13 +133,18 @@ class Room:
         self._floor = self.head
 
     async def reach(self, message_id: int) -> None:
-        """Wait until the head is at `message_id`, which the log has. Raises `Unavailable`."""
+        """Wait until the head is at `message_id`, which the log has. Raises `Unavailable`.
+
+        Then nothing is under way that was read before, and may have been deleted since.
+        """
         self.hint(message_id)
-        while self.head < message_id:
-            if self._head_moved is None:
-                self._head_moved = asyncio.get_running_loop().create_future()
+        end = asyncio.get_running_loop().time() + REACH_TIMEOUT
+        while self.head < message_id or self._catching_up is not None:
+            if self._progress is None:
+                self._progress = asyncio.get_running_loop().create_future()
+            progress = asyncio.shield(self._progress)
             try:
-                await asyncio.wait_for(asyncio.shield(self._head_moved), REACH_TIMEOUT)
+                await asyncio.wait_for(progress, end - asyncio.get_running_loop().time())
             except asyncio.TimeoutError:
                 raise Unavailable("the channel's log cannot be read: connect again") from None
 
@@ -169,6 +174,7 @@ class Room:
                     self._move_head(max(self.head, target))  # the rest was deleted before we read it
         finally:
             self._catching_up = None
+            self._tell_progress()
 
     async def _recognise(self) -> None:
         """Find out which messages of unknown fate are in the log: their senders must not get them."""
@@ -183,9 +189,12 @@ class Room:
 
     def _move_head(self, message_id: int) -> None:
         self.head = message_id
-        if self._head_moved is not None:
-            self._head_moved.set_result(None)
-            self._head_moved = None
+        self._tell_progress()
+
+    def _tell_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.set_result(None)
+            self._progress = None
 
     def _extend(self, messages: Sequence[OutgoingMessage]) -> None:
         """Move the head: one blob for all live clients."""

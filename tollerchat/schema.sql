@@ -152,4 +152,19 @@ END $$;
 CREATE OR REPLACE TRIGGER tollerchat_user_deleted AFTER DELETE ON users
     FOR EACH ROW EXECUTE FUNCTION tollerchat_user_deleted();
 
+CREATE OR REPLACE FUNCTION tollerchat_truncated() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_notify('tollerchat', 'truncated');
+    RETURN NULL;
+END $$;
+
+CREATE OR REPLACE TRIGGER tollerchat_truncated AFTER TRUNCATE ON messages
+    FOR EACH STATEMENT EXECUTE FUNCTION tollerchat_truncated();
+CREATE OR REPLACE TRIGGER tollerchat_truncated AFTER TRUNCATE ON channels
+    FOR EACH STATEMENT EXECUTE FUNCTION tollerchat_truncated();
+CREATE OR REPLACE TRIGGER tollerchat_truncated AFTER TRUNCATE ON channel_users
+    FOR EACH STATEMENT EXECUTE FUNCTION tollerchat_truncated();
+CREATE OR REPLACE TRIGGER tollerchat_truncated AFTER TRUNCATE ON users
+    FOR EACH STATEMENT EXECUTE FUNCTION tollerchat_truncated();
+
 COMMIT;

@@ -1,0 +1,86 @@
+"""Who may join is asked of the database once, and again as soon as the answer may have changed."""
+
+import asyncio
+
+import aiohttp
+import pytest
+
+from tests.support import Template, until
+from tollerchat import bus
+from tollerchat.app import hub_key, repository_key
+
+pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])
+
+
+@pytest.fixture
+async def queries(server, monkeypatch):
+    """What the database is asked about access, once the server listens to it."""
+    await until(lambda: server.app[hub_key].access.remembers)
+    repository = server.app[repository_key]
+    refusals, queries = repository.refusals, []
+
+    def count(pairs):
+        queries.append(set(pairs))
+        return refusals(pairs)
+
+    monkeypatch.setattr(repository, "refusals", count)
+    await until(lambda: not queries)
+    return queries
+
+
+async def refused(server, user_id, channel_id):
+    with pytest.raises(aiohttp.WSServerHandshakeError) as info:
+        await server.connect(user_id, channel_id)
+    return info.value.status
+
+
+async def test_who_returns_is_not_looked_up_again(server, queries):
+    for _ in range(3):
+        chatter, _ = await server.join(1, 1)
+        await chatter.socket.close()
+    assert queries in ([], [{(1, 1)}])
+    assert len(queries) == 1
+
+
+async def test_many_who_come_at_once_are_one_query(server, queries):
+    async with server.app[hub_key].access._one_query:  # another query is under way
+        joining = [asyncio.ensure_future(server.join(user_id, 1)) for user_id in (1, 2, 3, 1, 2)]
+        await until(lambda: server.app[hub_key].access._gathering == {(1, 1), (1, 2), (1, 3)})
+    await asyncio.gather(*joining)
+    assert queries == [{(1, 1), (1, 2), (1, 3)}]
+
+
+async def test_refusals_are_looked_up_each_time(server, queries, database):
+    assert await refused(server, 3, 3) == 403
+    database.execute("INSERT INTO channel_users (user_id, channel_id) VALUES (3, 3)")
+    await server.join(3, 3)
+    assert await refused(server, 1, 999) == 404
+
+
+@pytest.mark.parametrize(
+    ("sql", "status"),
+    [
+        ("DELETE FROM channel_users WHERE user_id = 2", 403),
+        ("DELETE FROM users WHERE id = 2", 403),
+        ("DELETE FROM channels WHERE id = 3", 404),
+        ("TRUNCATE channel_users", 403),
+    ],
+)
+async def test_withdrawn_access_is_forgotten(server, queries, database, sql, status):
+    chatter, _ = await server.join(2, 3)
+    database.execute(sql)
+    await chatter.closed()
+    assert await refused(server, 2, 3) == status
+
+
+async def test_nothing_is_remembered_while_changes_are_not_told(server, queries, database, monkeypatch):
+    monkeypatch.setattr(bus, "RETRY_DELAY", 60)
+    chatter, _ = await server.join(2, 3)
+    await chatter.socket.close()
+    database.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND query = 'LISTEN tollerchat'"
+    )
+    await until(lambda: not server.app[hub_key].access.remembers)
+    database.execute("DELETE FROM channel_users WHERE user_id = 2")
+    assert await refused(server, 2, 3) == 403
