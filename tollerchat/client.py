@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from aiohttp.http import WSMessage, WSMsgType
@@ -28,7 +27,7 @@ from tollerchat.protocol import (
     parse,
 )
 from tollerchat.repository import NewMessage, Saved
-from tollerchat.room import RETRY_DELAY, LogFrame, Room
+from tollerchat.room import RETRY_DELAY, Page, Room
 from tollerchat.websocket import WebSocket
 from tollerchat.writer import MessageWriter
 
@@ -125,12 +124,12 @@ class Client:
             after = min(after, room.head)
         self._cursor = after
         limit = self._config.max_replay
-        if (frames := room.since(after)) is None:
+        if (page := room.since(after)) is None:
             start = await self._hub.replay_start(self.channel_id, after, room.head)
             if start is not None:
                 self._cursor, self._gap = start, True
-        elif len(frames) > limit:
-            self._cursor, self._gap = frames[-limit - 1][0], True
+        elif len(page.frames) > limit:
+            self._cursor, self._gap = page.frames[-limit - 1][0], True
 
     def start(self, websocket: WebSocket) -> None:
         """Send what it missed, and then what is new; take what it sends."""
@@ -275,22 +274,21 @@ class Client:
         if self._socket is not None and not self._socket.full:
             self._socket.write(data)
 
-    def deliver(self, blob: bytes, frames: Sequence[LogFrame]) -> bool:
-        """Give a live client what was committed; false if it lags. `blob` is all `frames`, joined."""
+    def deliver(self, page: Page) -> bool:
+        """Give a live client what was committed; false if it lags."""
         websocket = self._socket
         assert websocket is not None
         if websocket.full:
             return False
-        websocket.write(self._others(frames) if self._own else blob)
+        websocket.write(self._others(page) if self._own else page.blob)
         return True
 
-    def _others(self, frames: Sequence[LogFrame]) -> bytes:
+    def _others(self, page: Page) -> bytes:
         """Frames without the client's own ones, and forget those: the cursor passes them."""
         if (own := self._own) is None:
-            return b"".join(data for _, data in frames)
-        newest = frames[-1][0]
-        self._own = {message_id for message_id in own if message_id > newest} or None
-        return b"".join(data for message_id, data in frames if message_id not in own)
+            return page.blob
+        self._own = {message_id for message_id in own if message_id > page.cursor} or None
+        return b"".join([data for message_id, data in page.frames if message_id not in own])
 
     def catch_up_from(self, cursor: int) -> None:
         """Become live by way of the log: at once if the rest is at hand, else through `write_pump`."""
@@ -299,9 +297,11 @@ class Client:
         self._cursor = cursor
         if websocket.closing:
             return
-        if not websocket.full and (frames := self._room.since(cursor)) is not None:
-            self._send(frames, self._room.head)
+        if not websocket.full and (page := self._room.since(cursor)) is not None:
+            websocket.hold()
+            self._send(page)
             self._go_live()
+            websocket.release()
         else:
             self.pump = asyncio.create_task(self.write_pump())
 
@@ -314,20 +314,20 @@ class Client:
                 if websocket.full:
                     self._writable = self._loop.create_future()
                     await self._writable
-                elif (frames := self._room.since(self._cursor)) is not None:
-                    self._send(frames, self._room.head)
+                elif (page := self._room.since(self._cursor)) is not None:
+                    self._send(page)
                     self._go_live()  # no await since the look at the head: nothing can be missed
                     return
                 else:
-                    frames, cursor = await self._read_page()
+                    page = await self._read_page()
                     if not websocket.full:  # or it will be read again
-                        self._send(frames, cursor)
+                        self._send(page)
         except Exception:
             logger.exception("a connection of user %d failed", self.user_id)
             self.close(CloseCode.INTERNAL_ERROR, "internal error")
 
-    async def _read_page(self) -> tuple[list[LogFrame], int]:
-        """What follows the cursor, and the cursor after it; when the database can be reached."""
+    async def _read_page(self) -> Page:
+        """What follows the cursor, as soon as the database can be reached."""
         while True:
             try:
                 return await self._room.read(self._cursor)
@@ -341,10 +341,10 @@ class Client:
             self._writable.set_result(None)
         self.read_pump()
 
-    def _send(self, frames: Sequence[LogFrame], cursor: int) -> None:
-        if frames:
-            self.write(self._others(frames))
-        self._cursor = cursor
+    def _send(self, page: Page) -> None:
+        if data := self._others(page):
+            self.write(data)
+        self._cursor = page.cursor
 
     def _go_live(self) -> None:
         if not self._ready:

@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from tollerchat.errors import Unavailable
 from tollerchat.protocol import MAX_BIGINT, OutgoingMessage, encode
@@ -17,7 +17,7 @@ from tollerchat.tasks import end_tasks
 if TYPE_CHECKING:
     from tollerchat.client import Client
 
-__all__ = ("PAGE_SIZE", "LogFrame", "Room")
+__all__ = ("PAGE_SIZE", "Page", "Room")
 
 logger = logging.getLogger("tollerchat.room")
 
@@ -32,6 +32,14 @@ REACH_TIMEOUT: Final = 5.0  # seconds
 RETRY_DELAY: Final = 0.5  # seconds, while the database is away
 
 LogFrame = tuple[int, bytes]  # message_id, encoded frame
+
+
+class Page(NamedTuple):
+    """A part of the log, ready to be sent."""
+
+    frames: Sequence[LogFrame]
+    blob: bytes  # all of them, joined: what most clients are sent
+    cursor: int  # of one who has been given them
 
 
 class Room:
@@ -49,6 +57,7 @@ class Room:
         self._recent: deque[LogFrame] = deque()  # complete for _floor < id <= head
         self._recent_size = 0  # bytes
         self._floor = 0
+        self._since: tuple[int, Page] | None = None  # the last answer of since(), and its cursor
         self._repository = repository
         self._history_size = history_size
         self._loaded = False
@@ -189,6 +198,7 @@ class Room:
 
     def _move_head(self, message_id: int) -> None:
         self.head = message_id
+        self._since = None
         self._tell_progress()
 
     def _tell_progress(self) -> None:
@@ -202,13 +212,13 @@ class Room:
         if not frames:
             return
         before = self.head
-        self._move_head(frames[-1][0])
+        page = _page(frames, frames[-1][0])
+        self._move_head(page.cursor)
         self._remember(frames)
-        blob = b"".join(data for _, data in frames)
         lagging = []
         for client in self.live:
             try:
-                if not client.deliver(blob, frames):
+                if not client.deliver(page):
                     lagging.append(client)
             except Exception:  # the rows are stored: one bad connection must not keep them from the others
                 logger.exception("channel %d: a connection failed and was aborted", self.channel_id)
@@ -220,6 +230,7 @@ class Room:
     def _forget_recent(self) -> None:
         self._recent.clear()
         self._recent_size = 0
+        self._since = None
 
     def _remember(self, frames: Sequence[LogFrame]) -> None:
         self._recent.extend(frames)
@@ -238,20 +249,22 @@ class Room:
             return self._floor
         return self._recent[-self._history_size][0] - 1
 
-    def since(self, cursor: int) -> list[LogFrame] | None:
+    def since(self, cursor: int) -> Page | None:
         """What follows `cursor`, up to `head`, if it is at hand."""
         if cursor < self._floor:
             return None
-        frames = list(takewhile(lambda frame: frame[0] > cursor, reversed(self._recent)))
-        frames.reverse()
-        return frames
+        if self._since is None or self._since[0] != cursor:
+            frames = list(takewhile(lambda frame: frame[0] > cursor, reversed(self._recent)))
+            frames.reverse()
+            self._since = cursor, _page(frames, self.head)
+        return self._since[1]
 
-    async def read(self, cursor: int) -> tuple[list[LogFrame], int]:
-        """A page of what follows `cursor`, from the log, and the cursor after it. Raises `Unavailable`."""
+    async def read(self, cursor: int) -> Page:
+        """A page of what follows `cursor`, from the log. Raises `Unavailable`."""
         until = self.head
         messages = await self._repository.load_messages_after(self.channel_id, cursor, until, PAGE_SIZE)
         frames = _frames(messages)
-        return frames, frames[-1][0] if len(frames) == PAGE_SIZE else until
+        return _page(frames, frames[-1][0] if len(frames) == PAGE_SIZE else until)
 
     def tell_others(self, sender: Client, data: bytes) -> None:
         """Pass a frame that is not stored to all live clients but its sender."""
@@ -262,3 +275,7 @@ class Room:
 
 def _frames(messages: Iterable[OutgoingMessage]) -> list[LogFrame]:
     return [(message.message_id, encode(message)) for message in messages]
+
+
+def _page(frames: Sequence[LogFrame], cursor: int) -> Page:
+    return Page(frames, b"".join([data for _, data in frames]), cursor)

@@ -165,7 +165,8 @@ class WebSocket(asyncio.Protocol):
 
     def hold(self) -> None:
         """Keep what is written until `release`: a call of the system costs more than all the rest."""
-        self._held = []
+        if self._held is None:
+            self._held = []
 
     def release(self) -> None:
         """Write what was kept, at once."""
