@@ -7,8 +7,6 @@ import logging
 import random
 from typing import TYPE_CHECKING, Final
 
-from aiohttp.http import WSMessage, WSMsgType
-
 from tollerchat.auth import Identity, verify_token
 from tollerchat.config import Config
 from tollerchat.errors import ChatError, InvalidFrame, Unauthorized, Unavailable
@@ -187,13 +185,10 @@ class Client:
         assert websocket is not None
         return (self._in_flight >= self._config.max_in_flight or websocket.full) and not websocket.closing
 
-    def received(self, frame: WSMessage) -> None:
+    def received(self, text: str) -> None:
         """A frame of the client."""
-        if frame.type is not WSMsgType.TEXT:
-            self._send_error(InvalidFrame("binary frames are not understood: send text frames"))
-            return
         try:
-            incoming = parse(frame.data)
+            incoming = parse(text)
             if isinstance(incoming, IncomingMessage):
                 self._on_message(incoming)
             elif isinstance(incoming, IncomingTyping):
@@ -201,7 +196,11 @@ class Client:
             elif isinstance(incoming, IncomingAuth):
                 self._on_auth(incoming)
         except ChatError as exc:
-            self._send_error(exc, nonce_of(frame.data))
+            self._send_error(exc, nonce_of(text))
+
+    def received_binary(self) -> None:
+        """A frame that is not text."""
+        self._send_error(InvalidFrame("binary frames are not understood: send text frames"))
 
     def _on_message(self, frame: IncomingMessage) -> None:
         self._writer.submit(NewMessage(self.channel_id, self.user_id, frame.content, frame.nonce), self)
@@ -280,7 +279,10 @@ class Client:
         assert websocket is not None
         if websocket.full:
             return False
-        websocket.write(self._others(page) if self._own else page.blob)
+        if self._own is None and websocket.held is None:
+            websocket.transport.write(page.blob)
+        else:
+            websocket.write(self._others(page))
         return True
 
     def _others(self, page: Page) -> bytes:

@@ -30,8 +30,11 @@ class Listener(Protocol):
     def read_pump(self) -> None:
         """Call `parse` for as long as there is something to parse and to do."""
 
-    def received(self, frame: WSMessage) -> None:
-        """A whole text or binary message."""
+    def received(self, text: str) -> None:
+        """A whole text message."""
+
+    def received_binary(self) -> None:
+        """A whole binary message."""
 
     def drained(self) -> None:
         """The connection is not full any more."""
@@ -50,7 +53,6 @@ class WebSocket(asyncio.Protocol):
     __slots__ = (
         "_abort_timer",
         "_closing",
-        "_held",
         "_listener",
         "_loop",
         "_paused",
@@ -60,6 +62,7 @@ class WebSocket(asyncio.Protocol):
         "_unparsed",
         "full",
         "heard_at",
+        "held",
         "transport",
     )
 
@@ -71,7 +74,7 @@ class WebSocket(asyncio.Protocol):
         self._listener = listener
         self._closing = False  # our close frame was sent, or the connection is gone
         self._abort_timer: asyncio.TimerHandle | None = None
-        self._held: list[bytes] | None = None
+        self.held: list[bytes] | None = None  # what is written between hold() and release()
         self._unparsed = b""
         self._paused = False  # not reading
         self._progress_at = 0.0  # when a full buffer last became smaller
@@ -125,14 +128,17 @@ class WebSocket(asyncio.Protocol):
         return True
 
     def _parsed(self, frame: WSMessage) -> None:
-        if frame.type is WSMsgType.CLOSE:
+        kind = frame.type
+        if kind is WSMsgType.CLOSE:
             self._close_received(frame.data)
-        elif self._closing or frame.type is WSMsgType.PONG:
+        elif self._closing or kind is WSMsgType.PONG:
             pass
-        elif frame.type is WSMsgType.PING:
+        elif kind is WSMsgType.TEXT:
+            self._listener.received(frame.data)
+        elif kind is WSMsgType.PING:
             self.write(pong_frame(frame.data))
         else:
-            self._listener.received(frame)
+            self._listener.received_binary()
 
     def _close_received(self, code: int) -> None:
         if not self._closing:
@@ -158,19 +164,19 @@ class WebSocket(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Hand whole frames to the transport, unless the connection is closing."""
-        if self._held is not None:
-            self._held.append(data)
+        if self.held is not None:
+            self.held.append(data)
         elif not self._closing and not self.transport.is_closing():
             self.transport.write(data)
 
     def hold(self) -> None:
         """Keep what is written until `release`: a call of the system costs more than all the rest."""
-        if self._held is None:
-            self._held = []
+        if self.held is None:
+            self.held = []
 
     def release(self) -> None:
         """Write what was kept, at once."""
-        held, self._held = self._held, None
+        held, self.held = self.held, None
         if held:
             self.write(held[0] if len(held) == 1 else b"".join(held))
 

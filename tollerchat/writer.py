@@ -119,11 +119,11 @@ class MessageWriter:
     async def _finish(self, commit: Commit) -> Commit | None:
         """Wait for the database, and deal with its answers; returns what is on its way then."""
         results = await commit.saving
-        following = None
-        if all(isinstance(result, Saved) for result in results):
-            # The database works on the next batch while we deliver this one.
-            following = self._begin(self._take_batch())
-            await asyncio.sleep(0)  # which has it sent
+        # The database works on the next batch while we deliver this one, unless some of this must go first.
+        is_settled = all(isinstance(result, Saved) for result in results)
+        following = self._begin(self._take_batch()) if is_settled else None
+        if following is not None:
+            await asyncio.sleep(0)  # has it sent
         try:
             retry = self._answer(commit.batch, results)
         except Exception:  # the rows may be stored: the log has them, and the writer must go on
