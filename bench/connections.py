@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import statistics
 import time
 from collections.abc import Callable
 
@@ -138,44 +137,29 @@ def growth(bench: Bench) -> Figure:
 
 
 def _larger_rooms(bench: Bench, figure: Figure) -> None:
-    """One room for each size, all on one server.
-
-    What a message costs even in an empty room is not the price of its deliveries: it is subtracted.
-    In rooms of less than 100 that leaves less than it varies by.
-    """
-    sizes = [size for size in (100, 1_000, 10_000) if size < bench.max_connections - 2000]
-    bench.cluster.seed(rooms=len(sizes) + 1, messages=len(sizes) + 1, size=bench.size)
+    """One room for each size, all on one server. What a message costs is shared by those it goes to."""
+    sizes = [size for size in (10, 100, 1_000, 10_000) if size < bench.max_connections - 2000]
+    bench.cluster.seed(rooms=len(sizes), messages=len(sizes), size=bench.size)
     with Tollerchat(bench.cluster) as server:
         rooms = {}
-        for n, size in enumerate([0, *sizes]):
+        for n, size in enumerate(sizes):
             bench.progress(f"growth: {size} clients join a room")
             clients = server.join(CHANNELS[n], USERS[: size + 1], history=1, size=bench.size)
             rooms[size] = room = Room(server, clients, *server.sizes(clients[0], clients[-1]))
 
         def load(size: int) -> float:
-            return rooms[size].one_at_a_time(_messages(size))
+            return rooms[size].one_at_a_time(_messages(size)) / size
 
         samples = bench.interleave(
-            figure.name,
-            {f"room of {size:,}": lambda size=size: load(size) for size in rooms},
-            runs=3 * bench.runs,  # short ones, so that what is subtracted was measured right before
+            figure.name, {f"room of {size:,}": lambda size=size: load(size) for size in rooms}
         )
-    alone = samples.pop("room of 0")
-    per_delivery = {
-        label: [(cpu - base) / size for cpu, base in zip(values, alone, strict=True)]
-        for size, (label, values) in zip(sizes, samples.items(), strict=True)
-    }
     loops = {size: _bare_loop(bench, size, room.message) for size in (sizes[0], sizes[-1])}
-    for label, values in per_delivery.items():
+    for label, values in samples.items():
         figure.add(label, values)
     for size, values in loops.items():
         figure.add(f"send(2) loop to {size:,}", values)
-    figure.add("one message to nobody", alone)
-    first, *_, last = per_delivery
-    figure.compare(f"{last} / {first}", per_delivery[last], per_delivery[first], 1.2)
-    small, large = (statistics.median(values) for values in loops.values())
-    expected = [cpu * large / small for cpu in per_delivery[first]]
-    figure.compare("the same, beyond what send(2) grows by", per_delivery[last], expected, 1.2)
+    first, *_, last = samples
+    figure.compare(f"{last} / {first}", samples[last], samples[first], 1.2)
 
 
 def _messages(size: int) -> int:

@@ -156,16 +156,17 @@ class Client:
         self._hub.dismiss(self)
 
     def check(self, now: float, unix_time: float) -> None:
-        """Ping if it is time to; end a connection that is dead or stuck or whose token has expired."""
+        """Ping if it is time to; end a connection that is dead or stuck, or whose token has expired."""
         if (websocket := self._socket) is None or websocket.closing:
             return
         if unix_time >= self.expires_at:
             self.close(CloseCode.TOKEN_EXPIRED, "the token has expired")
+        elif websocket.full or websocket.paused:  # it gets no pings, or we do not read its answers
+            if websocket.is_stuck(now, self._config.write_timeout):
+                self.close(CloseCode.TOO_SLOW, "did not keep up")
         elif now - websocket.heard_at > self._config.pong_timeout:
             logger.info("user %d has not answered for %s s: aborted", self.user_id, self._config.pong_timeout)
             self.abort()
-        elif websocket.is_stuck(now, self._config.write_timeout):
-            self.close(CloseCode.TOO_SLOW, "did not keep up")
         elif now >= self._next_ping:
             self._next_ping = now + self._config.ping_interval
             self.offer(PING_FRAME)

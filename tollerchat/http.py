@@ -81,7 +81,7 @@ def handshake(request: web.Request) -> dict[str, str]:
     headers = request.headers
     if headers.get(hdrs.UPGRADE, "").strip().lower() != "websocket":
         raise UpgradeRequired("this is a WebSocket route: connect with ws:// or wss://")
-    if "upgrade" not in headers.get(hdrs.CONNECTION, "").lower():
+    if "upgrade" not in _tokens(headers.get(hdrs.CONNECTION, "").lower()):
         raise BadRequest("not a valid WebSocket handshake: it needs Connection: Upgrade")
     if headers.get(hdrs.SEC_WEBSOCKET_VERSION) != "13":
         raise BadRequest("not a valid WebSocket handshake: it needs Sec-WebSocket-Version: 13")
@@ -107,7 +107,11 @@ def handshake(request: web.Request) -> dict[str, str]:
 
 
 def _offered_protocols(request: web.Request) -> list[str]:
-    return [offer.strip() for offer in request.headers.get(hdrs.SEC_WEBSOCKET_PROTOCOL, "").split(",")]
+    return _tokens(request.headers.get(hdrs.SEC_WEBSOCKET_PROTOCOL, ""))
+
+
+def _tokens(header: str) -> list[str]:
+    return [token.strip() for token in header.split(",")]
 
 
 def check_origin(request: web.Request, config: Config) -> None:

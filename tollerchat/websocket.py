@@ -55,7 +55,6 @@ class WebSocket(asyncio.Protocol):
         "_closing",
         "_listener",
         "_loop",
-        "_paused",
         "_pending",
         "_progress_at",
         "_reader",
@@ -63,6 +62,7 @@ class WebSocket(asyncio.Protocol):
         "full",
         "heard_at",
         "held",
+        "paused",
         "transport",
     )
 
@@ -76,7 +76,7 @@ class WebSocket(asyncio.Protocol):
         self._abort_timer: asyncio.TimerHandle | None = None
         self.held: list[bytes] | None = None  # what is written between hold() and release()
         self._unparsed = b""
-        self._paused = False  # not reading
+        self.paused = False  # not reading, while the listener is busy
         self._progress_at = 0.0  # when a full buffer last became smaller
         self._pending = 0  # bytes it held then
         frames = _Frames(self, self._loop)
@@ -103,8 +103,8 @@ class WebSocket(asyncio.Protocol):
         self.heard_at = self._loop.time()
         self._unparsed = self._unparsed + data if self._unparsed else data
         self._listener.read_pump()
-        if self._unparsed and not self._paused and not self.transport.is_closing():
-            self._paused = True
+        if self._unparsed and not self.paused and not self.transport.is_closing():
+            self.paused = True
             self.transport.pause_reading()
 
     def feed_data(self, data: bytes) -> tuple[bool, bytes]:
@@ -119,8 +119,8 @@ class WebSocket(asyncio.Protocol):
         """Hand some of what was received to the listener; false if there was nothing."""
         data = self._unparsed
         if not data:
-            if self._paused and not self.transport.is_closing():
-                self._paused = False
+            if self.paused and not self.transport.is_closing():
+                self.paused = False
                 self.transport.resume_reading()
             return False
         self._unparsed = data[SLICE:]
@@ -187,7 +187,7 @@ class WebSocket(asyncio.Protocol):
             self.write(close_frame(code, reason))
             self._closing = True
             self._abort_timer = self._loop.call_later(CLOSE_TIMEOUT, self.transport.abort)
-            if self._paused:
+            if self.paused:
                 self._loop.call_soon(self._listener.read_pump)  # the peer's close frame may be there
 
     def is_stuck(self, now: float, timeout: float) -> bool:
@@ -204,6 +204,7 @@ class WebSocket(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.full = False
+        self.heard_at = self._loop.time()  # reading is a sign of life, too
         self._listener.drained()
 
     def connection_lost(self, exc: Exception | None) -> None:
