@@ -6,7 +6,9 @@ import time
 
 import pytest
 
-from tests.faults import Log, Proxy, RawClient, ServerProcess, check, in_thread, rows_of
+from tests.checker import Log, check, rows_of
+from tests.faults import Proxy, ServerProcess, in_thread
+from tests.raw_client import RawClient
 from tests.support import SECRET, Template
 from tollerchat import Config
 

@@ -7,7 +7,8 @@ import time
 import psycopg2
 import pytest
 
-from tests.faults import Log, check, in_thread, rows_of
+from tests.checker import Log, check, rows_of
+from tests.faults import in_thread
 from tests.support import WAIT, Template, psql, until
 from tollerchat import bus
 

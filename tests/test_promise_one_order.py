@@ -6,7 +6,9 @@ import random
 
 import pytest
 
-from tests.faults import Log, RawClient, Stranger, check, rows_of, running
+from tests.checker import Log, check, rows_of
+from tests.faults import Stranger, running
+from tests.raw_client import RawClient
 from tests.soak import Talker, wind_up
 from tests.support import Template, until
 from tollerchat.app import hub_key

@@ -8,7 +8,9 @@ import time
 import psycopg2
 import pytest
 
-from tests.faults import Log, RawClient, ServerProcess, Stranger, check, in_thread, rows_of
+from tests.checker import Log, check, rows_of
+from tests.faults import ServerProcess, Stranger, in_thread
+from tests.raw_client import RawClient
 from tests.support import Template, psql, until
 from tollerchat.repository import LOCK_KEY
 

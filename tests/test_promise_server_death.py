@@ -8,7 +8,9 @@ import time
 import aiohttp
 import pytest
 
-from tests.faults import Log, RawClient, check, in_thread, rows_of, running
+from tests.checker import Log, check, rows_of
+from tests.faults import in_thread, running
+from tests.raw_client import RawClient
 from tests.soak import Talker, wind_up
 from tests.support import WAIT, Template, token, until
 

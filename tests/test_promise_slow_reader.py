@@ -6,7 +6,9 @@ import time
 
 import pytest
 
-from tests.faults import Log, RawClient, ServerProcess, check, in_thread, rows_of, running
+from tests.checker import Log, check, rows_of
+from tests.faults import ServerProcess, in_thread, running
+from tests.raw_client import RawClient
 from tests.support import Template, until
 
 pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])

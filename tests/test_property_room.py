@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from tests.faults import Log, Row, check, unframe
+from tests.checker import Log, Row, check
+from tests.raw_client import unframe
 from tests.support import SECRET
 from tollerchat import Config, room
 from tollerchat.auth import Identity
