@@ -201,6 +201,16 @@ class ServerProcess:
                 count += os.readlink(descriptor) not in unix
         return count
 
+    def queued(self, clients):
+        """For each client: bytes on their way to it, in the kernel's buffers on both sides."""
+        queues = {}
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            _, local, remote, _, sizes, *_ = line.split()
+            ports = int(local.partition(":")[2], 16), int(remote.partition(":")[2], 16)
+            queues[ports] = [int(size, 16) for size in sizes.split(":")]
+        ports = [client.socket.getsockname()[1] for client in clients]
+        return [queues[self.port, port][0] + queues[port, self.port][1] for port in ports]
+
     def memory(self):
         """Resident bytes."""
         return psutil.Process(self._process.pid).memory_info().rss
