@@ -49,10 +49,10 @@ class Stranger:
             self.ids += self._insert(f"stranger {len(self.ids)}")
 
 
-def _until(condition, what, seconds=WAIT):
-    deadline = time.monotonic() + seconds
+def _until(condition, explain):
+    deadline = time.monotonic() + WAIT
     while not condition():
-        assert time.monotonic() < deadline, what
+        assert time.monotonic() < deadline, explain()
         time.sleep(0.01)
 
 
@@ -85,7 +85,7 @@ class Cluster:
                 [self._bin / "postgres", "-D", self._directory / "data", "-k", self._directory, *options],
                 stdout=log, stderr=log, cwd=self._directory, **self._as,
             )  # fmt: skip
-        _until(self.answers, "PostgreSQL did not start")
+        _until(self.answers, lambda: f"PostgreSQL did not start:\n{(self._directory / 'log').read_text()}")
 
     def answers(self):
         try:
@@ -144,35 +144,35 @@ class ServerProcess:
     """`python -m tollerchat` as a process of its own. It keeps its port over restarts."""
 
     def __init__(self, db_url, **settings):
-        self._environ = {**os.environ, "DB_URL": db_url, "JWT_SECRET": SECRET, "PORT": "0"}
+        self._reserved = _reserve_port()
+        self.port = self._reserved.getsockname()[1]
+        if sys.platform != "linux":
+            self._reserved.close()  # it would keep the server out, too
+        self._environ = {**os.environ, "DB_URL": db_url, "JWT_SECRET": SECRET, "PORT": str(self.port)}
         self._environ.update({name.upper(): str(value) for name, value in settings.items()})
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        self._log = tempfile.NamedTemporaryFile()  # noqa: SIM115
         self._process = None
-        self.port = None
 
     @property
     def url(self):
         return f"http://127.0.0.1:{self.port}"
 
     def start(self):
-        start_of_log = self._log.seek(0, os.SEEK_END)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tollerchat"], env=self._environ, stdout=self._log, stderr=self._log
-        )
+        earlier = len(self.log())
+        # Appended to, over a descriptor of its own: it would write to wherever log() is reading.
+        with open(self._log.name, "ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tollerchat"], env=self._environ, stdout=log, stderr=log
+            )
 
         def listens():
-            assert self._process.poll() is None, self.log()
-            found = re.search(r"listening on http://127\.0\.0\.1:(\d+)", self.log()[start_of_log:])
-            if found:
-                self.port = int(found[1])
-                self._environ["PORT"] = found[1]
-            return found
+            assert self._process.poll() is None, f"the server did not start:\n{self.log()[earlier:]}"
+            return f"listening on {self.url}\n" in self.log()[earlier:]
 
-        _until(listens, "the server did not start")
+        _until(listens, lambda: f"the server does not listen:\n{self.log()[earlier:]}")
 
     def log(self):
-        self._log.seek(0)
-        return self._log.read().decode()
+        return Path(self._log.name).read_text("utf-8", "replace")
 
     def complaints(self):
         """What a server never says, whatever happens to it: exceptions nobody caught."""
@@ -224,14 +224,23 @@ class ServerProcess:
         if self._process is not None and self._process.poll() is None:
             self.kill()
         self._log.close()
+        self._reserved.close()
+
+
+def _reserve_port():
+    """A socket that is bound and does not listen: a server may listen there, but nobody else is given the port."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", 0))
+    return sock
 
 
 @contextlib.asynccontextmanager
 async def running(db_url, **settings):
     """A server process that must not have complained by the time it is left."""
     server = ServerProcess(db_url, **settings)
-    await in_thread(server.start)
     try:
+        await in_thread(server.start)
         yield server
     finally:
         complaints = server.complaints()
