@@ -65,6 +65,7 @@ class RawClient:
             return len(receiving.result())
         finally:
             receiving.cancel()
+            await asyncio.wait([receiving])  # the socket must not be closed while the loop watches it
 
     async def frame(self, seconds=WAIT):
         """The next JSON frame; None at the end of the connection, with or without a close frame."""
