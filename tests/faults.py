@@ -252,24 +252,35 @@ class Proxy:
     """Another socket in front of PostgreSQL's own, that can lose the answer to a commit.
 
     While `lose` is a text: the next query that contains it is passed on, its answer is awaited, so that
-    it is committed, and then the connection is cut instead. While `down` is true, no connection is let in.
+    it is committed, and then the connection is cut instead, and `at_loss` is called. While `down` is true,
+    no connection is let in.
     """
 
-    def __init__(self, url):
+    def __init__(self, url, *, tcp=False):
+        self._tcp = tcp
         self._path = re.search(r"host=([^&]+)", url)[1].replace("%2F", "/") + "/.s.PGSQL.5432"
         self._database = re.search(r"/(\w+)\?", url)[1]
         self._tasks = set()
         self._reading = {}  # socket of the server under test -> task that reads its queries
+        self._said = {}  # the same sockets -> all that came over them
+        self._mute = set()
         self.lose = None
         self.lost = 0
+        self.at_loss = lambda: None
         self.down = False
 
     async def __aenter__(self):
         self._directory = tempfile.TemporaryDirectory(prefix="tollerchat-")
-        self._listener = _unix_socket()
-        self._listener.bind(f"{self._directory.name}/.s.PGSQL.5432")
-        self._listener.listen()
-        self.url = f"postgresql://postgres@/{self._database}?host={self._directory.name}"
+        if self._tcp:
+            self._listener = socket.create_server(("127.0.0.1", 0))
+            self._listener.setblocking(False)
+            port = self._listener.getsockname()[1]
+            self.url = f"postgresql://postgres@127.0.0.1:{port}/{self._database}"
+        else:
+            self._listener = _unix_socket()
+            self._listener.bind(f"{self._directory.name}/.s.PGSQL.5432")
+            self._listener.listen()
+            self.url = f"postgresql://postgres@/{self._database}?host={self._directory.name}"
         self._start(self._accept())
         return self
 
@@ -279,6 +290,10 @@ class Proxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._listener.close()
         self._directory.cleanup()
+
+    def mute(self, said=""):
+        """Pass nothing over the connections that have said this, from now on, and keep them open."""
+        self._mute |= {server for server, data in self._said.items() if said.encode() in data}
 
     async def die_with_query_unread(self):
         """Do as a backend that is terminated while a query waits in its socket: say so, and be gone."""
@@ -315,9 +330,11 @@ class Proxy:
             queries = self._start(self._pass_queries(server, database, losing))
             answers = self._start(self._pass_answers(database, server, losing))
             self._reading[server] = queries
+            self._said[server] = b""
             await asyncio.wait([queries, answers], return_when=asyncio.FIRST_COMPLETED)
             if self._reading.pop(server, None) is None:  # it is about to die
                 await asyncio.wait([answers])
+            del self._said[server]
             for task in (queries, answers):
                 task.cancel()
             await asyncio.gather(queries, answers, return_exceptions=True)
@@ -325,18 +342,22 @@ class Proxy:
     async def _pass_queries(self, server, database, losing):
         loop = asyncio.get_running_loop()
         while data := await loop.sock_recv(server, 65536):
+            self._said[server] += data
             if self.lose and self.lose.encode() in data:
                 self.lose = None
                 losing.set()
-            await loop.sock_sendall(database, data)
+            if server not in self._mute:
+                await loop.sock_sendall(database, data)
 
     async def _pass_answers(self, database, server, losing):
         loop = asyncio.get_running_loop()
         while data := await loop.sock_recv(database, 65536):
             if losing.is_set():
                 self.lost += 1
+                self.at_loss()
                 return
-            await loop.sock_sendall(server, data)
+            if server not in self._mute:
+                await loop.sock_sendall(server, data)
 
 
 def _unix_socket():
