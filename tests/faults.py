@@ -71,7 +71,15 @@ class Cluster:
         os.chown(self._directory, owner.st_uid, owner.st_gid)
         self._bin = Path(bin_dir)
         self._process = None
-        self._settings = {"listen_addresses": "", "fsync": "off", "max_connections": "20", **settings}
+        # Of the kind that a killed server leaves behind nowhere else.
+        memory = {"dynamic_shared_memory_type": "mmap"}
+        self._settings = {
+            "listen_addresses": "",
+            "fsync": "off",
+            "max_connections": "20",
+            **memory,
+            **settings,
+        }
         self.url = f"postgresql://postgres@/postgres?host={self._directory}"
         subprocess.run(
             [self._bin / "initdb", "-D", self._directory / "data", "-U", "postgres", "-A", "trust", "-N", "-E", "UTF8"],
