@@ -9,19 +9,14 @@ RUFF_FLAGS := --target-version py310 --line-length 110
 RUFF_RULES := --select A,ASYNC,B,C4,E,F,I,N,PT,RET,RUF,SIM,UP,W --ignore A005,ASYNC109,E501,N818
 SOURCES := tollerchat tests bench examples
 
-# Minutes of real outages, which want a quiet machine: apart from the tests of every change.
-FAULTS := tests/test_promise_*.py tests/test_property_room.py
-
-.PHONY: run test faults lint format soak bench dist clean
+.PHONY: run test lint format soak bench dist clean
 
 run: $(VENV)/installed  ## Run the server on an embedded PostgreSQL, with a demo channel
 	$(BIN)/python -m tollerchat
 
-test: $(VENV)/installed-dev  ## Run the tests
-	$(BIN)/python -m pytest -n auto $(addprefix --ignore-glob=,$(FAULTS)) $(ARGS)
-
-faults: $(VENV)/installed-dev  ## Run the fault-injection tests: stuck readers, killed servers, frozen databases
-	$(BIN)/python -m pytest -n 2 $(FAULTS) $(ARGS)
+# Eight at most, because all share one PostgreSQL and its connections.
+test: $(VENV)/installed-dev  ## Run the tests, also those of stuck readers, killed servers and frozen databases
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: $(VENV)/installed-dev  ## Check style and types
 	$(RUFF) check $(RUFF_FLAGS) $(RUFF_RULES) $(SOURCES)
@@ -32,7 +27,7 @@ format: $(VENV)/installed-dev  ## Mend what lint can mend
 	$(RUFF) check --fix $(RUFF_FLAGS) $(RUFF_RULES) $(SOURCES)
 	$(RUFF) format $(RUFF_FLAGS) $(SOURCES)
 
-soak: $(VENV)/installed-dev  ## Ten minutes of faults; ARGS="--seconds 60 --seed 1" for less
+soak: $(VENV)/installed-dev  ## The same faults at random, for ten minutes; ARGS="--seconds 60 --seed 1" for less
 	$(BIN)/python -m tests.soak $(ARGS)
 
 bench: $(VENV)/installed-dev  ## All figures; ARGS="fanout join" for some

@@ -10,6 +10,7 @@ import uuid
 from pathlib import Path
 
 import aiohttp
+import hypothesis
 import psycopg2
 import pytest
 
@@ -21,12 +22,18 @@ CLUSTER_VARIABLE = "TOLLERCHAT_TEST_CLUSTER"
 
 _cluster = contextlib.ExitStack()
 
+# How fast examples are made is about the machine, not about what is tested.
+hypothesis.settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("tests")
+
 
 def pytest_configure(config):
     """Start the cluster in the first process; parallel workers inherit its URL."""
     if CLUSTER_VARIABLE in os.environ or hasattr(config, "workerinput"):
         return
-    directory = Path(tempfile.mkdtemp(prefix="tollerchat-"))
+    directory = Path(tempfile.mkdtemp(prefix="tollerchat-", dir=_memory()))
     _cluster.callback(os.environ.pop, CLUSTER_VARIABLE)
     _cluster.callback(shutil.rmtree, directory, ignore_errors=True)
     url = _cluster.enter_context(run_postgres(directory))
@@ -35,6 +42,12 @@ def pytest_configure(config):
     psql(url, "SELECT pg_reload_conf()")
     for template in Template:
         template.create(url)
+
+
+def _memory():
+    """A directory in memory, if there is one with enough space: each test makes and drops hundreds of files."""
+    memory = Path("/dev/shm")
+    return memory if memory.is_dir() and shutil.disk_usage(memory).free > 2 << 30 else None
 
 
 def pytest_unconfigure(config):

@@ -1,11 +1,7 @@
-"""Faults to inject, with the real thing: a PostgreSQL and a server that die, sockets that stop reading; the checker."""
+"""Faults to inject, with the real thing: a PostgreSQL and a server that die, answers that get lost."""
 
 import asyncio
-import base64
-import collections
 import contextlib
-import dataclasses
-import json
 import os
 import re
 import select
@@ -22,21 +18,9 @@ from pathlib import Path
 import psutil
 import psycopg2
 
-from tests.support import SECRET, WAIT, Template, psql, token
+from tests.support import SECRET, WAIT, Template, psql
 
-__all__ = (
-    "Cluster",
-    "Log",
-    "Proxy",
-    "RawClient",
-    "Row",
-    "ServerProcess",
-    "Stranger",
-    "check",
-    "in_thread",
-    "rows_of",
-    "unframe",
-)
+__all__ = ("Cluster", "Proxy", "ServerProcess", "Stranger", "in_thread", "running")
 
 
 async def in_thread(function, *arguments):
@@ -65,10 +49,10 @@ class Stranger:
             self.ids += self._insert(f"stranger {len(self.ids)}")
 
 
-def _until(condition, what, seconds=WAIT):
-    deadline = time.monotonic() + seconds
+def _until(condition, explain):
+    deadline = time.monotonic() + WAIT
     while not condition():
-        assert time.monotonic() < deadline, what
+        assert time.monotonic() < deadline, explain()
         time.sleep(0.01)
 
 
@@ -87,7 +71,15 @@ class Cluster:
         os.chown(self._directory, owner.st_uid, owner.st_gid)
         self._bin = Path(bin_dir)
         self._process = None
-        self._settings = {"listen_addresses": "", "fsync": "off", "max_connections": "20", **settings}
+        # Of the kind that a killed server leaves behind nowhere else.
+        memory = {"dynamic_shared_memory_type": "mmap"}
+        self._settings = {
+            "listen_addresses": "",
+            "fsync": "off",
+            "max_connections": "20",
+            **memory,
+            **settings,
+        }
         self.url = f"postgresql://postgres@/postgres?host={self._directory}"
         subprocess.run(
             [self._bin / "initdb", "-D", self._directory / "data", "-U", "postgres", "-A", "trust", "-N", "-E", "UTF8"],
@@ -101,7 +93,7 @@ class Cluster:
                 [self._bin / "postgres", "-D", self._directory / "data", "-k", self._directory, *options],
                 stdout=log, stderr=log, cwd=self._directory, **self._as,
             )  # fmt: skip
-        _until(self.answers, "PostgreSQL did not start")
+        _until(self.answers, lambda: f"PostgreSQL did not start:\n{(self._directory / 'log').read_text()}")
 
     def answers(self):
         try:
@@ -160,35 +152,35 @@ class ServerProcess:
     """`python -m tollerchat` as a process of its own. It keeps its port over restarts."""
 
     def __init__(self, db_url, **settings):
-        self._environ = {**os.environ, "DB_URL": db_url, "JWT_SECRET": SECRET, "PORT": "0"}
+        self._reserved = _reserve_port()
+        self.port = self._reserved.getsockname()[1]
+        if sys.platform != "linux":
+            self._reserved.close()  # it would keep the server out, too
+        self._environ = {**os.environ, "DB_URL": db_url, "JWT_SECRET": SECRET, "PORT": str(self.port)}
         self._environ.update({name.upper(): str(value) for name, value in settings.items()})
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        self._log = tempfile.NamedTemporaryFile()  # noqa: SIM115
         self._process = None
-        self.port = None
 
     @property
     def url(self):
         return f"http://127.0.0.1:{self.port}"
 
     def start(self):
-        start_of_log = self._log.seek(0, os.SEEK_END)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tollerchat"], env=self._environ, stdout=self._log, stderr=self._log
-        )
+        earlier = len(self.log())
+        # Appended to, over a descriptor of its own: it would write to wherever log() is reading.
+        with open(self._log.name, "ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tollerchat"], env=self._environ, stdout=log, stderr=log
+            )
 
         def listens():
-            assert self._process.poll() is None, self.log()
-            found = re.search(r"listening on http://127\.0\.0\.1:(\d+)", self.log()[start_of_log:])
-            if found:
-                self.port = int(found[1])
-                self._environ["PORT"] = found[1]
-            return found
+            assert self._process.poll() is None, f"the server did not start:\n{self.log()[earlier:]}"
+            return f"listening on {self.url}\n" in self.log()[earlier:]
 
-        _until(listens, "the server did not start")
+        _until(listens, lambda: f"the server does not listen:\n{self.log()[earlier:]}")
 
     def log(self):
-        self._log.seek(0)
-        return self._log.read().decode()
+        return Path(self._log.name).read_text("utf-8", "replace")
 
     def complaints(self):
         """What a server never says, whatever happens to it: exceptions nobody caught."""
@@ -217,6 +209,16 @@ class ServerProcess:
                 count += os.readlink(descriptor) not in unix
         return count
 
+    def queued(self, clients):
+        """For each client: bytes on their way to it, in the kernel's buffers on both sides."""
+        queues = {}
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            _, local, remote, _, sizes, *_ = line.split()
+            ports = int(local.partition(":")[2], 16), int(remote.partition(":")[2], 16)
+            queues[ports] = [int(size, 16) for size in sizes.split(":")]
+        ports = [client.socket.getsockname()[1] for client in clients]
+        return [queues[self.port, port][0] + queues[port, self.port][1] for port in ports]
+
     def memory(self):
         """Resident bytes."""
         return psutil.Process(self._process.pid).memory_info().rss
@@ -230,14 +232,23 @@ class ServerProcess:
         if self._process is not None and self._process.poll() is None:
             self.kill()
         self._log.close()
+        self._reserved.close()
+
+
+def _reserve_port():
+    """A socket that is bound and does not listen: a server may listen there, but nobody else is given the port."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", 0))
+    return sock
 
 
 @contextlib.asynccontextmanager
 async def running(db_url, **settings):
     """A server process that must not have complained by the time it is left."""
     server = ServerProcess(db_url, **settings)
-    await in_thread(server.start)
     try:
+        await in_thread(server.start)
         yield server
     finally:
         complaints = server.complaints()
@@ -249,24 +260,35 @@ class Proxy:
     """Another socket in front of PostgreSQL's own, that can lose the answer to a commit.
 
     While `lose` is a text: the next query that contains it is passed on, its answer is awaited, so that
-    it is committed, and then the connection is cut instead. While `down` is true, no connection is let in.
+    it is committed, and then the connection is cut instead, and `at_loss` is called. While `down` is true,
+    no connection is let in.
     """
 
-    def __init__(self, url):
+    def __init__(self, url, *, tcp=False):
+        self._tcp = tcp
         self._path = re.search(r"host=([^&]+)", url)[1].replace("%2F", "/") + "/.s.PGSQL.5432"
         self._database = re.search(r"/(\w+)\?", url)[1]
         self._tasks = set()
         self._reading = {}  # socket of the server under test -> task that reads its queries
+        self._said = {}  # the same sockets -> all that came over them
+        self._mute = set()
         self.lose = None
         self.lost = 0
+        self.at_loss = lambda: None
         self.down = False
 
     async def __aenter__(self):
         self._directory = tempfile.TemporaryDirectory(prefix="tollerchat-")
-        self._listener = _unix_socket()
-        self._listener.bind(f"{self._directory.name}/.s.PGSQL.5432")
-        self._listener.listen()
-        self.url = f"postgresql://postgres@/{self._database}?host={self._directory.name}"
+        if self._tcp:
+            self._listener = socket.create_server(("127.0.0.1", 0))
+            self._listener.setblocking(False)
+            port = self._listener.getsockname()[1]
+            self.url = f"postgresql://postgres@127.0.0.1:{port}/{self._database}"
+        else:
+            self._listener = _unix_socket()
+            self._listener.bind(f"{self._directory.name}/.s.PGSQL.5432")
+            self._listener.listen()
+            self.url = f"postgresql://postgres@/{self._database}?host={self._directory.name}"
         self._start(self._accept())
         return self
 
@@ -276,6 +298,10 @@ class Proxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._listener.close()
         self._directory.cleanup()
+
+    def mute(self, said=""):
+        """Pass nothing over the connections that have said this, from now on, and keep them open."""
+        self._mute |= {server for server, data in self._said.items() if said.encode() in data}
 
     async def die_with_query_unread(self):
         """Do as a backend that is terminated while a query waits in its socket: say so, and be gone."""
@@ -312,9 +338,11 @@ class Proxy:
             queries = self._start(self._pass_queries(server, database, losing))
             answers = self._start(self._pass_answers(database, server, losing))
             self._reading[server] = queries
+            self._said[server] = b""
             await asyncio.wait([queries, answers], return_when=asyncio.FIRST_COMPLETED)
             if self._reading.pop(server, None) is None:  # it is about to die
                 await asyncio.wait([answers])
+            del self._said[server]
             for task in (queries, answers):
                 task.cancel()
             await asyncio.gather(queries, answers, return_exceptions=True)
@@ -322,267 +350,25 @@ class Proxy:
     async def _pass_queries(self, server, database, losing):
         loop = asyncio.get_running_loop()
         while data := await loop.sock_recv(server, 65536):
+            self._said[server] += data
             if self.lose and self.lose.encode() in data:
                 self.lose = None
                 losing.set()
-            await loop.sock_sendall(database, data)
+            if server not in self._mute:
+                await loop.sock_sendall(database, data)
 
     async def _pass_answers(self, database, server, losing):
         loop = asyncio.get_running_loop()
         while data := await loop.sock_recv(database, 65536):
             if losing.is_set():
                 self.lost += 1
+                self.at_loss()
                 return
-            await loop.sock_sendall(server, data)
+            if server not in self._mute:
+                await loop.sock_sendall(server, data)
 
 
 def _unix_socket():
     sock = socket.socket(socket.AF_UNIX)
     sock.setblocking(False)
     return sock
-
-
-class RawClient:
-    """A WebSocket client on a bare socket: it reads when told to, and can send many frames at once."""
-
-    def __init__(self, sock):
-        self.socket = sock
-        self.code = None  # of the close frame
-        self._data = bytearray()
-
-    @classmethod
-    async def connect(cls, port, user_id=1, channel_id=1, *, after=None, prefix="", buffer=4096):
-        sock = socket.socket()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)  # else the kernel reads megabytes for it
-        sock.setblocking(False)
-        self = cls(sock)
-        try:
-            await self._open(port, user_id, channel_id, after, prefix)
-        except BaseException:
-            sock.close()
-            raise
-        return self
-
-    async def _open(self, port, user_id, channel_id, after, prefix):
-        loop = asyncio.get_running_loop()
-        await loop.sock_connect(self.socket, ("127.0.0.1", port))
-        query = "" if after is None else f"?after={after}"
-        key = base64.b64encode(os.urandom(16)).decode()
-        request = (
-            f"GET {prefix}/ws/channel/{channel_id}{query} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
-            f"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
-            f"Sec-WebSocket-Protocol: tollerchat.v1\r\nAuthorization: Bearer {token(user_id)}\r\n\r\n"
-        )
-        await loop.sock_sendall(self.socket, request.encode())
-        while b"\r\n\r\n" not in self._data:
-            await self._more()
-        head, _, rest = bytes(self._data).partition(b"\r\n\r\n")
-        assert b" 101 " in head.split(b"\r\n")[0], head
-        self._data = bytearray(rest)
-
-    async def send(self, *frames):
-        """Send frames (objects) in one burst."""
-        data = b"".join(client_frame(json.dumps(frame, ensure_ascii=False).encode()) for frame in frames)
-        await asyncio.get_running_loop().sock_sendall(self.socket, data)
-
-    async def _more(self, seconds=WAIT):
-        # Not wait_for(): before Python 3.12, it can swallow a cancellation.
-        receiving = asyncio.ensure_future(asyncio.get_running_loop().sock_recv(self.socket, 65536))
-        try:
-            done, _ = await asyncio.wait([receiving], timeout=seconds)
-            if not done:
-                raise asyncio.TimeoutError("nothing came")
-            self._data += receiving.result()
-            return len(receiving.result())
-        finally:
-            receiving.cancel()
-
-    async def frame(self, seconds=WAIT):
-        """The next JSON frame; None at the end of the connection, with or without a close frame."""
-        while True:
-            parsed = unframe(self._data)
-            if parsed is None:
-                try:
-                    if await self._more(seconds):
-                        continue
-                except ConnectionError:
-                    pass
-                return None
-            opcode, payload, size = parsed
-            del self._data[:size]
-            if opcode == 1:
-                return json.loads(payload)
-            if opcode == 8:
-                self.code = int.from_bytes(payload[:2], "big")
-
-    def close(self):
-        self.socket.close()
-
-
-def client_frame(payload):
-    size = len(payload)
-    length = bytes([128 | size]) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
-    return b"\x81" + length + b"\0\0\0\0" + payload
-
-
-def unframe(data):
-    """Opcode, payload and whole size of the frame that `data` starts with, if it is all there."""
-    if len(data) < 2:
-        return None
-    start, size = 2, data[1]
-    if size >= 126:
-        start += 2 if size == 126 else 8
-        if len(data) < start:
-            return None
-        size = int.from_bytes(data[2:start], "big")
-    if len(data) < start + size:
-        return None
-    return data[0] & 15, bytes(data[start : start + size]), start + size
-
-
-# -- the checker -----------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Row:
-    message_id: int
-    user_id: int
-    content: str
-    nonce: str = None
-    created_at: str = None
-
-
-def rows_of(url, channel_id=1):
-    """The table, in the order of ids."""
-    time_of = """to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
-    sql = f"SELECT id, user_id, content, nonce, {time_of} FROM messages WHERE channel_id = %s ORDER BY id"
-    return [Row(*row) for row in psql(url, sql, channel_id)]
-
-
-@dataclasses.dataclass
-class Log:
-    """What one connection at level tollerchat.v1 sent and received. A client that comes again starts a new one.
-
-    `events` are ("sent" | "received", frame) in order; `complete` is true where the connection was given
-    the time to receive all there was in the end. Each message has a content of its own.
-    """
-
-    name: str
-    user_id: int
-    after: int = None
-    events: list = dataclasses.field(default_factory=list)
-    complete: bool = False
-
-    def sent(self, frame):
-        self.events.append(("sent", frame))
-
-    def received(self, frame):
-        self.events.append(("received", frame))
-
-    def contents(self):
-        """What it sent."""
-        return {
-            frame["content"] for what, frame in self.events if what == "sent" and frame["type"] == "message"
-        }
-
-
-def check(logs, rows, *, deleted=(), history_size=50):
-    """The first broken promise, in words; None if all were kept.
-
-    `rows` are the table, `deleted` are those that were in it once: they need not be received, but may be.
-    """
-    return next(_violations(logs, rows, deleted, history_size), None)
-
-
-def _violations(logs, rows, deleted, history_size):
-    yield from _wrong_rows([*rows, *deleted])
-    known = {row.message_id: row for row in [*rows, *deleted]}
-    senders = collections.defaultdict(set)  # (user, content) -> which connections sent it
-    for log in logs:
-        for content in log.contents():
-            senders[log.user_id, content].add(id(log))
-    for log in logs:
-        yield from _wrong_acks(log, known)
-    for log in logs:
-        yield from _wrong_frames(log, known, senders)
-        yield from _gaps(log, rows, history_size)
-
-
-def _wrong_rows(rows):
-    seen = {}
-    for row in rows:
-        for key in [
-            ("content", row.user_id, row.content),
-            ("nonce", row.user_id, row.nonce or row.message_id),
-        ]:
-            if seen.setdefault(key, row.message_id) != row.message_id:
-                yield f"duplicate row: {seen[key]} and {row.message_id} are the same message, {row.content!r}"
-
-
-def _wrong_acks(log, known):
-    contents = {}
-    for what, frame in log.events:
-        if what == "sent" and frame["type"] == "message":
-            contents.setdefault(frame.get("nonce"), frame["content"])
-        if what == "sent" or frame["type"] != "ack":
-            continue
-        nonce, message_id = frame["nonce"], frame["message_id"]
-        row = known.get(message_id)
-        if row is None:
-            yield f"lost message: {log.name} has the ack of {message_id}, which is not in the table"
-        elif nonce is not None and (row.user_id, row.content) != (log.user_id, contents.get(nonce)):
-            yield f"wrong ack: {log.name} was told that {nonce!r} is {message_id}, which is {row.content!r}"
-
-
-def _wrong_frames(log, known, senders):
-    last, head, seen, mine, acked = log.after or 0, 0, set(), set(), set()
-    for what, frame in log.events:
-        if what == "sent":
-            mine.add(frame.get("content"))
-        elif frame["type"] == "ack":
-            acked.add(frame["message_id"])
-        elif frame["type"] == "ready":
-            head = frame["last_message_id"]
-            if seen and last > head:
-                yield f"inversion: {log.name} was told the head {head} after it had received {last}"
-        elif frame["type"] == "message":
-            message_id, user_id, content = frame["message_id"], frame["user_id"], frame["content"]
-            row = known.get(message_id)
-            # What other connections sent too may come from one of them, until it is acked here.
-            only_mine = content in mine and senders[user_id, content] == {id(log)}
-            if row is None:
-                yield f"phantom: {log.name} received {message_id}, which is not in the table"
-            elif row != Row(message_id, user_id, content, row.nonce, row.created_at and frame["created_at"]):
-                yield f"wrong frame: {log.name} received {frame}, but the row is {row}"
-            if message_id in seen:
-                yield f"duplicate frame: {log.name} received {message_id} twice"
-            elif message_id <= (log.after or 0):
-                yield f"duplicate frame: {log.name} resumed after {log.after} and received {message_id}"
-            elif message_id < last or message_id <= head:
-                yield f"inversion: {log.name} received {message_id} after {max(last, head)}"
-            elif user_id == log.user_id and (message_id in acked or only_mine):
-                yield f"own message: {log.name} received {message_id}, which it sent itself"
-            seen.add(message_id)
-            last = message_id
-
-
-def _gaps(log, rows, history_size):
-    received = [frame for what, frame in log.events if what == "received"]
-    seen = {frame["message_id"] for frame in received if frame["type"] == "message"}
-    kinds = [frame["type"] for frame in received]
-    ready = received[kinds.index("ready")] if "ready" in kinds else None
-    history = kinds[: kinds.index("ready")].count("message") if ready else None
-    start, end = log.after or 0, max(seen, default=0)
-    if ready:
-        end = max(end, ready["last_message_id"])
-    in_full = ready and not ready["gap"] and (log.after is not None or history < history_size)
-    if seen and not in_full and (log.after is None or ready):
-        start = min(seen) - 1  # what is older was not asked for
-    if log.complete:
-        end = max([end, *(row.message_id for row in rows)])
-    mine = log.contents()
-    for row in rows:
-        own = row.user_id == log.user_id and row.content in mine
-        if start < row.message_id <= end and row.message_id not in seen and not own:
-            yield f"gap: {log.name} never received {row.message_id}, though it has all from {start + 1} to {end}"
-            return

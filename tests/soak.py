@@ -20,7 +20,9 @@ from pathlib import Path
 import aiohttp
 import psutil
 
-from tests.faults import Cluster, Log, RawClient, ServerProcess, check, in_thread, rows_of
+from tests.checker import Log, check, rows_of
+from tests.faults import Cluster, ServerProcess, in_thread
+from tests.raw_client import RawClient
 from tests.support import WAIT, psql, token, until
 from tollerchat.embedded import run_postgres
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from tests.faults import Log, Row, check
+from tests.checker import Log, Row, check
 
 ROWS = [Row(n, 1 + n % 2, f"m{n}", f"n{n}", f"t{n}") for n in (1, 2, 3, 5, 8)]  # ids have holes
 

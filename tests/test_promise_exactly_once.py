@@ -6,9 +6,11 @@ import time
 
 import pytest
 
-from tests.faults import Log, Proxy, RawClient, ServerProcess, check, in_thread, rows_of
+from tests.checker import Log, check, rows_of
+from tests.faults import Proxy, ServerProcess, in_thread
+from tests.raw_client import RawClient
 from tests.support import SECRET, Template
-from tollerchat import Config
+from tollerchat import Config, bus
 
 pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])
 
@@ -188,9 +190,53 @@ async def test_sender_is_not_sent_its_message_though_it_was_told_unavailable(ser
     assert database.contents() == ["connects", "lost", "behind it"]
 
 
-async def test_connection_that_dies_with_a_query_unread_is_given_up_at_once(serve, database):
-    """uvloop tells a reset once and no more, even if there is more to read: nothing must wait for that."""
+async def test_nonce_sent_over_two_connections_that_were_told_unavailable_comes_to_neither(
+    serve, database, monkeypatch
+):
+    """The row is found when the database is back; until then, nobody knows that it is there."""
+    monkeypatch.setattr(bus, "PROBE_INTERVAL", 0.2)
     async with Proxy(database.url) as proxy:
+        server = await serve(Config(db_url=proxy.url, jwt_secret=SECRET, store_timeout=0.1, db_timeout=0.5))
+        clients = [(await server.join(1))[0], (await server.join(1))[0]]
+        bob, _ = await server.join(2)
+        await bob.send("connects")
+        await answers(bob, 1)
+        assert [await client.receive_contents(1) for client in clients] == [["connects"]] * 2
+        proxy.lose, proxy.down, proxy.at_loss = SAVE, True, proxy.mute
+        for client in clients:
+            await client.send_frame(message("n"))
+        for client in clients:
+            assert await answers(client, 1) == [("n", "unavailable")]
+        assert proxy.lost == 1
+        proxy.down = False
+        assert await bob.receive_contents(1) == ["content of n"]
+        database.insert("behind it")
+        assert await bob.receive_contents(1) == ["behind it"]
+        for client in clients:
+            assert [frame["content"] for frame in await client.settled()] == ["behind it"]
+            await client.send_frame(message("n"))
+            assert await answers(client, 1) == [("n", rows_of(database.url)[1].message_id)]
+        assert await bob.settled() == []
+    assert database.contents() == ["connects", "content of n", "behind it"]
+
+
+async def test_database_over_tcp(serve, database):
+    async with Proxy(database.url, tcp=True) as proxy:
+        server = await serve(Config(db_url=proxy.url, jwt_secret=SECRET))
+        (alice, _), (bob, _) = await server.join(1), await server.join(2)
+        await alice.send_frame(message("sent"))
+        ((_, sent),) = await answers(alice, 1)
+        (foreign,) = database.insert("foreign")
+        assert [frame["message_id"] for frame in await bob.receive_many(2)] == [sent, foreign]
+        assert (await alice.receive())["message_id"] == foreign
+        _, history = await server.join(3)
+        assert [frame["content"] for frame in history] == ["content of sent", "foreign"]
+
+
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
+async def test_connection_that_dies_with_a_query_unread_is_given_up_at_once(serve, database, tcp):
+    """uvloop tells a reset once and no more, even if there is more to read: nothing must wait for that."""
+    async with Proxy(database.url, tcp=tcp) as proxy:
         server = await serve(Config(db_url=proxy.url, jwt_secret=SECRET))
         alice, _ = await server.join(1)
         await alice.send_frame(message("connects"))

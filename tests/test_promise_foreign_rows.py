@@ -7,9 +7,10 @@ import time
 import psycopg2
 import pytest
 
-from tests.faults import Log, check, in_thread, rows_of
-from tests.support import WAIT, Template, psql, until
-from tollerchat import bus
+from tests.checker import Log, check, rows_of
+from tests.faults import Proxy, in_thread
+from tests.support import SECRET, WAIT, Template, psql, until
+from tollerchat import Config, bus
 
 pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])
 
@@ -217,6 +218,58 @@ async def test_rows_that_nothing_told_are_found_by_comparison(serve, config, dat
     database.insert("silent", "as the grave")
     await read_to(bob, log, "as the grave")
     assert check([log], rows_of(database.url)) is None
+
+
+@pytest.fixture
+def short_probes(monkeypatch):
+    monkeypatch.setattr(bus, "PROBE_INTERVAL", 0.3)
+
+
+@pytest.fixture
+async def proxy(database):
+    async with Proxy(database.url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def proxied(serve, proxy):
+    return await serve(Config(db_url=proxy.url, jwt_secret=SECRET, db_timeout=0.7))
+
+
+@pytest.mark.usefixtures("short_probes")
+async def test_rows_are_found_though_the_listening_connection_fell_silent(proxied, proxy, database):
+    """Within the time until the next probe, the one that it waits for, and the one until the next attempt."""
+    bob, log = await joined(proxied)
+    for n in range(2):
+        database.insert(f"heard {n}")
+        await read_to(bob, log, f"heard {n}")
+        proxy.mute("LISTEN")
+        start = time.monotonic()
+        database.insert(f"unheard {n}")
+        await read_to(bob, log, f"unheard {n}")
+        assert time.monotonic() - start < 0.3 + 0.7 + bus.RETRY_DELAY + 1  # of work, on a busy machine
+    assert check([log], rows_of(database.url)) is None
+
+
+@pytest.mark.usefixtures("short_probes")
+@pytest.mark.parametrize("fault", ["cut", "silent"])
+async def test_access_withdrawn_while_nobody_listens_closes_with_4403_after_that(
+    proxied, proxy, database, fault
+):
+    stays, goes = await proxied.join(1, 3), await proxied.join(2, 3)
+    proxy.down = True
+    if fault == "silent":
+        proxy.mute("LISTEN")
+    else:
+        database.execute(
+            "SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND query = 'LISTEN tollerchat'"
+        )
+    database.execute("DELETE FROM channel_users WHERE user_id = 2")
+    assert await goes[0].settled() == []
+    proxy.down = False
+    assert await goes[0].closed() == 4403
+    assert await stays[0].settled() == []
 
 
 async def test_deleted_channel_closes_with_4404(server, database):

@@ -6,7 +6,9 @@ import random
 
 import pytest
 
-from tests.faults import Log, RawClient, Stranger, check, rows_of, running
+from tests.checker import Log, check, rows_of
+from tests.faults import Stranger, running
+from tests.raw_client import RawClient
 from tests.soak import Talker, wind_up
 from tests.support import Template, until
 from tollerchat.app import hub_key
@@ -27,12 +29,11 @@ async def test_fifty_write_while_others_join_and_leave(process, session, databas
     newcomers = asyncio.ensure_future(join_over_and_over(process, logs, enough))
     try:
         await until(lambda: all(len(writer.acked) >= 6 for writer in writers))
+        await until(lambda: len(logs) > 20 and all(len(guest.logs) > 3 for guest in guests))
         enough.set()
         await newcomers
         assert await wind_up([*writers, *guests], process, session, database.url) is None
-        assert len(logs) > 20
         assert check(logs, rows_of(database.url)) is None
-        assert all(len(guest.logs) > 3 for guest in guests)
     finally:
         newcomers.cancel()
         await asyncio.gather(newcomers, return_exceptions=True)
@@ -59,9 +60,11 @@ async def join_over_and_over(process, logs, enough):
 async def test_history_and_live_meet_without_seam(process, session, database, joins):
     """Into an empty room, which must be loaded first, or one that others keep warm, while a stranger writes."""
     database.insert(*(f"old {n}" for n in range(60)))
-    keeper = await RawClient.connect(process.port, 5, buffer=1 << 20) if joins == "warm" else None
     logs = []
-    async with Stranger(database):
+    async with contextlib.AsyncExitStack() as stack:
+        if joins == "warm":
+            stack.enter_context(contextlib.closing(await RawClient.connect(process.port, 5, buffer=1 << 20)))
+        await stack.enter_async_context(Stranger(database))
         while len(logs) < 30:
             log = Log(f"joiner {len(logs)}", 6)
             logs.append(log)
@@ -72,8 +75,6 @@ async def test_history_and_live_meet_without_seam(process, session, database, jo
                 for _ in range(3):
                     log.received(await client.frame())
     assert check(logs, rows_of(database.url)) is None
-    if keeper:
-        keeper.close()
 
 
 async def test_sender_that_lagged_does_not_get_its_own_messages(server, database):

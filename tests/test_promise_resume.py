@@ -8,7 +8,9 @@ import time
 import psycopg2
 import pytest
 
-from tests.faults import Log, RawClient, ServerProcess, Stranger, check, in_thread, rows_of
+from tests.checker import Log, check, rows_of
+from tests.faults import Stranger, in_thread, running
+from tests.raw_client import RawClient
 from tests.support import Template, psql, until
 from tollerchat.repository import LOCK_KEY
 
@@ -183,11 +185,11 @@ async def test_deleted_rows_are_not_sent_from_memory(server, database):
 async def test_replay_is_not_noticed_by_others(database):
     """Neither in the time that their messages take, nor in the server's memory."""
     ids = fill(database, 5000, size=2000)
-    server = ServerProcess(database.url)
-    try:
-        await in_thread(server.start)
+    async with running(database.url) as server, contextlib.AsyncExitStack() as stack:
         alice, bob = [await RawClient.connect(server.port, user_id, after=ids[-1]) for user_id in (1, 2)]
-        await alice.frame(), await bob.frame()
+        for client in (alice, bob):
+            stack.callback(client.close)
+            await client.frame()
 
         async def delay(content):
             start = time.monotonic()
@@ -208,10 +210,6 @@ async def test_replay_is_not_noticed_by_others(database):
         assert during[len(during) // 2] < 10 * sorted(before)[10] + 0.05
         assert during[-1] < 0.5
         assert peak - memory < 8 * MiB
-        assert server.complaints() == []
-        alice.close(), bob.close()
-    finally:
-        server.close()
 
 
 async def replay(server, ids):

@@ -1,6 +1,7 @@
 """A server process that is told to stop, or is killed: what was acked is there, clients go on where they were."""
 
 import asyncio
+import contextlib
 import json
 import signal
 import time
@@ -8,7 +9,9 @@ import time
 import aiohttp
 import pytest
 
-from tests.faults import Log, RawClient, check, in_thread, rows_of, running
+from tests.checker import Log, check, rows_of
+from tests.faults import in_thread, running
+from tests.raw_client import RawClient
 from tests.soak import Talker, wind_up
 from tests.support import WAIT, Template, token, until
 
@@ -126,8 +129,11 @@ async def draining(session, process):
 
 
 async def test_stuck_clients_do_not_delay_the_shutdown_nor_the_others(process, session, database):
-    stuck = [await RawClient.connect(process.port, 2) for _ in range(10)]
-    async with connect(session, process, 1) as socket, connect(session, process, 3) as reader:
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(10):
+            stack.enter_context(contextlib.closing(await RawClient.connect(process.port, 2)))
+        socket = await stack.enter_async_context(connect(session, process, 1))
+        reader = await stack.enter_async_context(connect(session, process, 3))
         for n in range(400):
             await socket.send_json({"type": "message", "content": f"{n} {'x' * 8000}"})
         await until(lambda: len(database.contents()) == 400)
@@ -139,8 +145,6 @@ async def test_stuck_clients_do_not_delay_the_shutdown_nor_the_others(process, s
         assert time.monotonic() - start < 1
         assert await in_thread(process.wait) == 0
         assert time.monotonic() - start < 4.5
-    for client in stuck:
-        client.close()
 
 
 async def test_shutdown_is_over_in_time_while_the_channel_is_locked(process, session, database):

@@ -6,7 +6,8 @@ import contextlib
 import pytest
 from aiohttp import web
 
-from tests.faults import Log, RawClient, check, rows_of
+from tests.checker import Log, check, rows_of
+from tests.raw_client import RawClient
 from tests.support import Template, until
 from tollerchat import create_app
 from tollerchat.app import hub_key

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from tests.faults import Log, Row, check, client_frame, unframe
+from tests.checker import Log, Row, check
+from tests.raw_client import client_frame, unframe
 from tests.support import SECRET
 from tollerchat import Config, room
 from tollerchat.auth import Identity
