@@ -86,7 +86,7 @@ class Client:
         self.user_id, self.expires_at = identity
         self.channel_id = channel_id
         self.v1 = v1
-        self.unsettled: set[str] | None = None  # nonces of messages that may be stored, or may not
+        self.unsettled: set[str] | None = None  # nonces of its messages that may be stored, or may not
         self.pump: asyncio.Task[None] | None = None  # write_pump, while catching up
         self._config = config
         self._hub = hub
@@ -206,6 +206,10 @@ class Client:
     def _on_message(self, frame: IncomingMessage) -> None:
         self._writer.submit(NewMessage(self.channel_id, self.user_id, frame.content, frame.nonce), self)
         self._in_flight += 1
+        if frame.nonce is not None:
+            if self.unsettled is None:
+                self.unsettled = set()
+            self.unsettled.add(frame.nonce)
 
     def _on_typing(self) -> None:
         now = self._loop.time()
@@ -239,22 +243,19 @@ class Client:
 
     def stored(self, saved: Saved, nonce: str | None) -> None:
         """The message is committed, and the others have it."""
-        if self.unsettled is not None and nonce is not None:
-            self.unsettled.discard(nonce)
+        self._settle(nonce)
         if self.v1:
             self.write(encode(AckFrame(nonce, saved.message.message_id, saved.message.created_at)))
-        self._settle()
 
     def refused(self, error: ChatError, nonce: str | None) -> None:
         """The message is not stored, or not known to be."""
-        if nonce is not None and isinstance(error, Unavailable):
-            if self.unsettled is None:
-                self.unsettled = set()
-            self.unsettled.add(nonce)
+        # One that may be stored, for all we know, keeps its nonce in `unsettled`.
+        self._settle(None if isinstance(error, Unavailable) else nonce)
         self._send_error(error, nonce)
-        self._settle()
 
-    def _settle(self) -> None:
+    def _settle(self, nonce: str | None) -> None:
+        if self.unsettled is not None and nonce is not None:
+            self.unsettled.discard(nonce)
         self._in_flight -= 1
         if self._in_flight == self._config.max_in_flight - 1:
             self._loop.call_soon(self.read_pump)  # not now, within the answers to others
