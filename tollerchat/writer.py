@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple, Protocol
@@ -21,6 +22,8 @@ logger = logging.getLogger("tollerchat.writer")
 
 BATCH_MESSAGES: Final = 500
 BATCH_CHARACTERS: Final = 128 * 1024  # bounds the blob of one commit, and so the buffers of slow clients
+WRITES_PER_MESSAGE: Final = 4  # that take as long as the database needs for the message
+GATHERING: Final = 0.25  # of the time that delivering took, to wait for more
 FIRST_RETRY_DELAY: Final = 0.05  # seconds; doubles up to
 LAST_RETRY_DELAY: Final = 0.5
 
@@ -119,11 +122,13 @@ class MessageWriter:
     async def _finish(self, commit: Commit) -> Commit | None:
         """Wait for the database, and deal with its answers; returns what is on its way then."""
         results = await commit.saving
-        # The database works on the next batch while we deliver this one, unless some of this must go first.
-        is_settled = all(isinstance(result, Saved) for result in results)
-        following = self._begin(self._take_batch()) if is_settled else None
-        if following is not None:
-            await asyncio.sleep(0)  # has it sent
+        following = None
+        if self._may_overlap(commit, results):
+            # The database works on the next batch while we deliver this one: half of what is under way each.
+            limit = (len(commit.batch) + len(self._waiting) + 1) // 2
+            if (following := self._begin(self._take_batch(limit))) is not None:
+                await asyncio.sleep(0)  # has it sent
+        started = time.monotonic()
         try:
             retry = self._answer(commit.batch, results)
         except Exception:  # the rows may be stored: the log has them, and the writer must go on
@@ -133,15 +138,28 @@ class MessageWriter:
             await asyncio.sleep(commit.retry_delay)
             return self._send(retry, commit.rooms, min(commit.retry_delay * 2, LAST_RETRY_DELAY))
         self._hub.end_commit(commit.rooms)
-        return following or self._begin(self._take_batch())
+        if following is None:
+            # Many clients are written to once for all that comes meanwhile.
+            await asyncio.sleep((time.monotonic() - started) * GATHERING)
+            following = self._begin(self._take_batch())
+        return following
 
-    def _take_batch(self) -> list[Submission]:
+    def _may_overlap(self, commit: Commit, results: Iterable[SaveResult]) -> bool:
+        """Whether the next batch may and should be stored before this one is delivered."""
+        # Nothing of a client may overtake what has to be tried again.
+        if not all(isinstance(result, Saved) for result in results):
+            return False
+        # Where delivering takes longer than storing, a large batch, one write to each, is worth more.
+        writes = sum(len(room.live) for room in commit.rooms)
+        return writes <= WRITES_PER_MESSAGE * len(commit.batch)
+
+    def _take_batch(self, limit: int = BATCH_MESSAGES) -> list[Submission]:
         """What waits, in order and within bounds, but no nonce twice: the second waits for the first."""
         batch: list[Submission] = []
         repeated: list[Submission] = []
         nonces: set[tuple[int, int, str]] = set()
         characters = 0
-        while self._waiting and len(batch) < BATCH_MESSAGES and characters < BATCH_CHARACTERS:
+        while self._waiting and len(batch) < min(limit, BATCH_MESSAGES) and characters < BATCH_CHARACTERS:
             submission = self._waiting.popleft()
             message = submission.message
             if message.channel_id in self._parked:
