@@ -24,6 +24,7 @@ BATCH_MESSAGES: Final = 500
 BATCH_CHARACTERS: Final = 128 * 1024  # bounds the blob of one commit, and so the buffers of slow clients
 WRITES_PER_MESSAGE: Final = 4  # that take as long as the database needs for the message
 GATHERING: Final = 0.25  # of the time that delivering took, to wait for more
+MAX_GATHERING: Final = 0.005  # seconds
 FIRST_RETRY_DELAY: Final = 0.05  # seconds; doubles up to
 LAST_RETRY_DELAY: Final = 0.5
 
@@ -49,8 +50,8 @@ class Commit(NamedTuple):
 
     batch: list[Submission]
     rooms: list[Room]  # which are not to read the log past it before its answer
-    saving: asyncio.Task[list[SaveResult]]
-    retry_delay: float  # seconds
+    retry_delay: float = FIRST_RETRY_DELAY  # seconds
+    saving: asyncio.Task[list[SaveResult]] | None = None  # if it began before its turn
 
 
 class MessageWriter:
@@ -62,7 +63,7 @@ class MessageWriter:
         self._hub = hub
         self._waiting: deque[Submission] = deque()
         self._parked: dict[int, list[Submission]] = {}  # of channels that somebody else holds
-        self._saving: asyncio.Task[list[SaveResult]] | None = None
+        self._saving: asyncio.Task[list[SaveResult]] | None = None  # of a batch that began before its turn
         self._work = asyncio.Event()  # there is something to store
         self._idle = asyncio.Event()  # there is nothing to store, and nothing being stored
         self._idle.set()
@@ -89,7 +90,7 @@ class MessageWriter:
         try:
             while True:
                 await self._work.wait()
-                commit = self._begin(self._take_batch())
+                commit = self._next()
                 while commit is not None:
                     commit = await self._finish(commit)
                 self._work.clear()
@@ -98,18 +99,14 @@ class MessageWriter:
         finally:
             await end_tasks(self._saving)
 
-    def _begin(self, batch: list[Submission]) -> Commit | None:
-        """Send a batch to the database, if there is one."""
-        if not batch:
+    def _next(self, limit: int = BATCH_MESSAGES) -> Commit | None:
+        """What waits, if anything does."""
+        if not (batch := self._take_batch(limit)):
             return None
-        rooms = self._hub.begin_commit({submission.message.channel_id for submission in batch})
-        return self._send(batch, rooms, FIRST_RETRY_DELAY)
+        return Commit(batch, self._hub.begin_commit({each.message.channel_id for each in batch}))
 
-    def _send(self, batch: list[Submission], rooms: list[Room], retry_delay: float) -> Commit:
-        self._saving = asyncio.create_task(self._save([submission.message for submission in batch]))
-        return Commit(batch, rooms, self._saving, retry_delay)
-
-    async def _save(self, messages: list[NewMessage]) -> list[SaveResult]:
+    async def _save(self, batch: list[Submission]) -> list[SaveResult]:
+        messages = [submission.message for submission in batch]
         try:
             return await self._repository.save_messages(messages)
         except Unavailable as exc:
@@ -121,12 +118,14 @@ class MessageWriter:
 
     async def _finish(self, commit: Commit) -> Commit | None:
         """Wait for the database, and deal with its answers; returns what is on its way then."""
-        results = await commit.saving
+        results = await (commit.saving or self._save(commit.batch))
         following = None
         if self._may_overlap(commit, results):
             # The database works on the next batch while we deliver this one: half of what is under way each.
-            limit = (len(commit.batch) + len(self._waiting) + 1) // 2
-            if (following := self._begin(self._take_batch(limit))) is not None:
+            limit = min(BATCH_MESSAGES, (len(commit.batch) + len(self._waiting) + 1) // 2)
+            if (following := self._next(limit)) is not None:
+                self._saving = asyncio.create_task(self._save(following.batch))
+                following = following._replace(saving=self._saving)
                 await asyncio.sleep(0)  # has it sent
         started = time.monotonic()
         try:
@@ -136,12 +135,12 @@ class MessageWriter:
             retry = []
         if retry:
             await asyncio.sleep(commit.retry_delay)
-            return self._send(retry, commit.rooms, min(commit.retry_delay * 2, LAST_RETRY_DELAY))
+            return Commit(retry, commit.rooms, min(commit.retry_delay * 2, LAST_RETRY_DELAY))
         self._hub.end_commit(commit.rooms)
         if following is None:
             # Many clients are written to once for all that comes meanwhile.
-            await asyncio.sleep((time.monotonic() - started) * GATHERING)
-            following = self._begin(self._take_batch())
+            await asyncio.sleep(min((time.monotonic() - started) * GATHERING, MAX_GATHERING))
+            following = self._next()
         return following
 
     def _may_overlap(self, commit: Commit, results: Iterable[SaveResult]) -> bool:
@@ -153,13 +152,13 @@ class MessageWriter:
         writes = sum(len(room.live) for room in commit.rooms)
         return writes <= WRITES_PER_MESSAGE * len(commit.batch)
 
-    def _take_batch(self, limit: int = BATCH_MESSAGES) -> list[Submission]:
+    def _take_batch(self, limit: int) -> list[Submission]:
         """What waits, in order and within bounds, but no nonce twice: the second waits for the first."""
         batch: list[Submission] = []
         repeated: list[Submission] = []
         nonces: set[tuple[int, int, str]] = set()
         characters = 0
-        while self._waiting and len(batch) < min(limit, BATCH_MESSAGES) and characters < BATCH_CHARACTERS:
+        while self._waiting and len(batch) < limit and characters < BATCH_CHARACTERS:
             submission = self._waiting.popleft()
             message = submission.message
             if message.channel_id in self._parked:
