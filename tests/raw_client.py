@@ -82,6 +82,9 @@ class RawClient:
             del self._data[:size]
             if opcode == 1:
                 return json.loads(payload)
+            if opcode == 9:  # a ping
+                pong = bytes([0x8A, 0x80 | len(payload)]) + b"\0\0\0\0" + payload
+                await asyncio.get_running_loop().sock_sendall(self.socket, pong)
             if opcode == 8:
                 self.code = int.from_bytes(payload[:2], "big")
 

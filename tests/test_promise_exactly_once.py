@@ -163,10 +163,7 @@ async def test_message_without_nonce_whose_answer_is_lost_is_not_sent_again(serv
     assert database.contents() == ["connects", "lost"]
 
 
-# Without a nonce, nothing tells whose row it is: that is what a nonce is for.
-@pytest.mark.parametrize(
-    "nonce", ["n", pytest.param(None, marks=pytest.mark.xfail(reason="no nonce, no name"))]
-)
+@pytest.mark.parametrize("nonce", ["n", None])
 async def test_sender_is_not_sent_its_message_though_it_was_told_unavailable(serve, database, nonce):
     """The commit's answer is lost, and the database is away until the writer gives up: the row is there all the same."""
     async with Proxy(database.url) as proxy:

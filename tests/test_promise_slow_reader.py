@@ -144,6 +144,26 @@ async def test_reader_that_is_slow_but_reads_is_not_closed(impatient, database, 
     assert check([log], rows) is None
 
 
+async def test_reader_with_a_full_buffer_is_not_taken_for_dead(database, connect, join):
+    """While it does not read, it cannot see a ping either."""
+    settings = {"ping_interval": 0.2, "pong_timeout": 0.5, "write_timeout": 600}
+    async with running(database.url, **settings) as server:
+        alice, bob = await join(server, 1), await join(server, 2)
+        slow, log = await connect(server, 3, after=0), Log("slow", 3, after=0, complete=True)
+        traffic = Traffic(alice, bob, 6000)
+        await traffic.run(lambda: traffic.stalls(server, slow))
+        end = time.monotonic() + 3 * settings["pong_timeout"]
+        others = [asyncio.ensure_future(drain(client)) for client in (alice, bob)]
+        await until(lambda: time.monotonic() > end)
+        rows = await in_thread(rows_of, database.url)
+        await read_to(slow, rows[-1].message_id, log)
+        assert check([log], rows) is None
+        for other in others:
+            assert not other.done()
+            other.cancel()
+        await asyncio.wait(others)
+
+
 async def test_stuck_reader_is_closed_and_its_descriptor_with_it(impatient, database, connect, join):
     alice, bob = await join(impatient, 1), await join(impatient, 2)
     descriptors = impatient.descriptors()

@@ -149,7 +149,7 @@ class FakeRepository:
 
     def _save(self, new):
         for row in self.rows:
-            if (row.user_id, row.nonce) == (new.user_id, new.nonce):
+            if new.nonce is not None and (row.user_id, row.nonce) == (new.user_id, new.nonce):
                 if row.content != new.content:
                     return NonceConflict("other content")
                 return Saved(_message(row), repeated=True, previous=0)
@@ -330,13 +330,14 @@ class Channel(RuleBasedStateMachine):
         self.spin()
 
     @precondition(lambda self: self.peers)
-    @rule(data=st.data(), burst=st.integers(1, 3), steps=st.integers(0, 2))
-    def send(self, data, burst, steps):
+    @rule(data=st.data(), burst=st.integers(1, 3), steps=st.integers(0, 2), named=st.sampled_from([1, 1, 0]))
+    def send(self, data, burst, steps, named):
         """Its messages wait, or are committed without an answer, or have one."""
         peer = self.peers[self.pick(self.peers, data)]
         for _ in range(burst):
             self.count += 1
-            peer.send({"type": "message", "content": f"m{self.count}", "nonce": f"n{self.count}"})
+            nonce = {"nonce": f"n{self.count}"} if named else {}
+            peer.send({"type": "message", "content": f"m{self.count}", **nonce})
         self.spin()
         for _ in range(steps):
             if self.repository.queries:
@@ -349,7 +350,7 @@ class Channel(RuleBasedStateMachine):
         """What somebody with the same user id has sent, over the same connection or another one."""
         peer = self.peers[self.pick(self.peers, data)]
         frames = [frame for log in self.logs if log.user_id == peer.log.user_id
-                  for what, frame in log.events if what == "sent"]  # fmt: skip
+                  for what, frame in log.events if what == "sent" and "nonce" in frame]  # fmt: skip
         if frames:
             peer.send(frames[self.pick(frames, data)])
         self.spin()

@@ -41,7 +41,7 @@ class Poster:
     def stored(self, saved: Saved, nonce: str | None) -> None:
         self._set(saved)
 
-    def refused(self, error: ChatError, nonce: str | None) -> None:
+    def refused(self, error: ChatError, message: NewMessage) -> None:
         self._set(error)
 
     def _set(self, answer: Saved | ChatError) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from tollerchat.auth import Identity, verify_token
@@ -18,6 +19,7 @@ from tollerchat.protocol import (
     IncomingAuth,
     IncomingMessage,
     IncomingTyping,
+    OutgoingMessage,
     OutgoingTyping,
     ReadyFrame,
     encode,
@@ -36,6 +38,7 @@ __all__ = ("Client",)
 
 logger = logging.getLogger("tollerchat.client")
 
+RECOGNISED_FOR: Final = 60.0  # seconds in which a message without nonce may come up in the log after all
 TYPING_INTERVAL: Final = 1.0  # seconds
 
 
@@ -56,6 +59,7 @@ class Client:
         "_hub",
         "_in_flight",
         "_loop",
+        "_nameless",
         "_next_ping",
         "_next_typing",
         "_own",
@@ -87,6 +91,7 @@ class Client:
         self.channel_id = channel_id
         self.v1 = v1
         self.unsettled: set[str] | None = None  # nonces of its messages that may be stored, or may not
+        self._nameless: list[tuple[str, float]] | None = None  # contents of such without one, and until when
         self.pump: asyncio.Task[None] | None = None  # write_pump, while catching up
         self._config = config
         self._hub = hub
@@ -231,6 +236,18 @@ class Client:
             self._own = set()
         self._own.add(message_id)
 
+    def recognise(self, messages: Sequence[OutgoingMessage]) -> None:
+        """Find its messages of unknown fate that have no nonce among new ones from the log: the content must do."""
+        if not self._nameless:
+            return
+        now = self._loop.time()
+        for message in messages:
+            for each in self._nameless if message.user_id == self.user_id else ():
+                if each[0] == message.content and now < each[1]:
+                    self._nameless.remove(each)
+                    self.committed(message.message_id)
+                    break
+
     def hold(self) -> None:
         """Keep what is written until `release`, to make it one write."""
         if self._socket is not None:
@@ -247,11 +264,14 @@ class Client:
         if self.v1:
             self.write(encode(AckFrame(nonce, saved.message.message_id, saved.message.created_at)))
 
-    def refused(self, error: ChatError, nonce: str | None) -> None:
+    def refused(self, error: ChatError, message: NewMessage) -> None:
         """The message is not stored, or not known to be."""
-        # One that may be stored, for all we know, keeps its nonce in `unsettled`.
-        self._settle(None if isinstance(error, Unavailable) else nonce)
-        self._send_error(error, nonce)
+        # One that may be stored, for all we know, is remembered, so that it can be recognised in the log.
+        is_settled = not isinstance(error, Unavailable)
+        if isinstance(error, Unavailable) and error.sent and message.nonce is None:
+            self._nameless = [*(self._nameless or ()), (message.content, self._loop.time() + RECOGNISED_FOR)]
+        self._settle(message.nonce if is_settled else None)
+        self._send_error(error, message.nonce)
 
     def _settle(self, nonce: str | None) -> None:
         if self.unsettled is not None and nonce is not None:

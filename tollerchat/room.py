@@ -173,7 +173,7 @@ class Room:
                     messages = await self._repository.load_messages_after(
                         self.channel_id, self.head, target, PAGE_SIZE
                     )
-                    await self._recognise()
+                    await self._recognise(messages)
                 except Unavailable as exc:
                     logger.warning("channel %d cannot catch up yet: %s", self.channel_id, exc)
                     await asyncio.sleep(RETRY_DELAY)
@@ -185,8 +185,8 @@ class Room:
             self._catching_up = None
             self._tell_progress()
 
-    async def _recognise(self) -> None:
-        """Find out which messages of unknown fate are in the log: their senders must not get them."""
+    async def _recognise(self, messages: Sequence[OutgoingMessage]) -> None:
+        """Find the messages of unknown fate among those from the log: their senders must not get them."""
         names = {(client.user_id, nonce) for client in self.clients for nonce in client.unsettled or ()}
         if names:
             ids = await self._repository.ids_of_nonces(self.channel_id, list(names))
@@ -195,6 +195,8 @@ class Room:
                     if client.user_id == user_id and client.unsettled and nonce in client.unsettled:
                         client.unsettled.discard(nonce)
                         client.committed(message_id)
+        for client in self.clients:
+            client.recognise(messages)
 
     def _move_head(self, message_id: int) -> None:
         self.head = message_id

@@ -36,7 +36,7 @@ class Sender(Protocol):
     def hold(self) -> None: ...  # what is written now can wait
     def release(self) -> None: ...  # until now
     def stored(self, saved: Saved, nonce: str | None) -> None: ...
-    def refused(self, error: ChatError, nonce: str | None) -> None: ...
+    def refused(self, error: ChatError, message: NewMessage) -> None: ...
 
 
 class Submission(NamedTuple):
@@ -216,7 +216,7 @@ class MessageWriter:
             if isinstance(result, Saved):
                 submission.sender.stored(result, submission.message.nonce)
             else:
-                submission.sender.refused(result, submission.message.nonce)
+                submission.sender.refused(result, submission.message)
         for sender in senders:
             sender.release()
         return retry
