@@ -6,14 +6,12 @@ import asyncio
 import logging
 
 import aiopg
-import psycopg2
 
 from tollerchat.config import Config
+from tollerchat.database import FAILURES, ConnectionWatch, connect
 from tollerchat.errors import Unavailable
 from tollerchat.hub import Hub
-from tollerchat.repository import connect
 from tollerchat.tasks import end_tasks
-from tollerchat.watch import ConnectionWatch
 
 __all__ = ("PostgresBus",)
 
@@ -22,8 +20,7 @@ logger = logging.getLogger("tollerchat.bus")
 RETRY_DELAY = 0.5  # seconds between attempts to connect
 PROBE_INTERVAL = 5.0  # seconds between probes of the connection, which also look for lost hints
 
-# AssertionError: aiopg, on a broken connection. RuntimeError: uvloop, on a descriptor reused too soon.
-_FAILURES = (psycopg2.Error, OSError, asyncio.TimeoutError, AssertionError, RuntimeError, Unavailable)
+_FAILURES = (*FAILURES, Unavailable)
 
 
 class PostgresBus:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from tollerchat.auth import Identity, verify_token
 from tollerchat.config import Config
 from tollerchat.errors import ChatError, InvalidFrame, Unauthorized, Unavailable
+from tollerchat.outbox import Outbox
 from tollerchat.protocol import (
     PING_FRAME,
     AckFrame,
@@ -19,7 +19,6 @@ from tollerchat.protocol import (
     IncomingAuth,
     IncomingMessage,
     IncomingTyping,
-    OutgoingMessage,
     OutgoingTyping,
     ReadyFrame,
     encode,
@@ -38,7 +37,6 @@ __all__ = ("Client",)
 
 logger = logging.getLogger("tollerchat.client")
 
-RECOGNISED_FOR: Final = 60.0  # seconds in which a message without nonce may come up in the log after all
 TYPING_INTERVAL: Final = 1.0  # seconds
 
 
@@ -57,12 +55,9 @@ class Client:
         "_cursor",
         "_gap",
         "_hub",
-        "_in_flight",
         "_loop",
-        "_nameless",
         "_next_ping",
         "_next_typing",
-        "_own",
         "_ready",
         "_refusal",
         "_room",
@@ -71,8 +66,8 @@ class Client:
         "_writer",
         "channel_id",
         "expires_at",
+        "outbox",
         "pump",
-        "unsettled",
         "user_id",
         "v1",
     )
@@ -90,18 +85,15 @@ class Client:
         self.user_id, self.expires_at = identity
         self.channel_id = channel_id
         self.v1 = v1
-        self.unsettled: set[str] | None = None  # nonces of its messages that may be stored, or may not
-        self._nameless: list[tuple[str, float]] | None = None  # contents of such without one, and until when
+        self.outbox: Outbox | None = None  # made with its first message: many never send one
         self.pump: asyncio.Task[None] | None = None  # write_pump, while catching up
         self._config = config
         self._hub = hub
         self._writer = writer
         self._loop = asyncio.get_running_loop()
-        self._own: set[int] | None = None  # ids of its own messages that its cursor has not passed yet
         self._ready = False  # history was sent
         self._gap = False
         self._cursor = 0
-        self._in_flight = 0
         self._writable: asyncio.Future[None] | None = None  # what write_pump waits for
         self._next_typing = 0.0  # loop times
         self._next_ping = 0.0
@@ -189,7 +181,8 @@ class Client:
         """Whether too much is under way: messages to the database, or answers to it."""
         websocket = self._socket
         assert websocket is not None
-        return (self._in_flight >= self._config.max_in_flight or websocket.full) and not websocket.closing
+        in_flight = 0 if self.outbox is None else self.outbox.in_flight
+        return (in_flight >= self._config.max_in_flight or websocket.full) and not websocket.closing
 
     def received(self, text: str) -> None:
         """A frame of the client."""
@@ -210,11 +203,9 @@ class Client:
 
     def _on_message(self, frame: IncomingMessage) -> None:
         self._writer.submit(NewMessage(self.channel_id, self.user_id, frame.content, frame.nonce), self)
-        self._in_flight += 1
-        if frame.nonce is not None:
-            if self.unsettled is None:
-                self.unsettled = set()
-            self.unsettled.add(frame.nonce)
+        if self.outbox is None:
+            self.outbox = Outbox(self.user_id)
+        self.outbox.sent(frame.nonce)
 
     def _on_typing(self) -> None:
         now = self._loop.time()
@@ -232,21 +223,8 @@ class Client:
 
     def committed(self, message_id: int) -> None:
         """A message of its own has this id: it is not to be sent to it."""
-        if self._own is None:
-            self._own = set()
-        self._own.add(message_id)
-
-    def recognise(self, messages: Sequence[OutgoingMessage]) -> None:
-        """Find its messages of unknown fate that have no nonce among new ones from the log: the content must do."""
-        if not self._nameless:
-            return
-        now = self._loop.time()
-        for message in messages:
-            for each in self._nameless if message.user_id == self.user_id else ():
-                if each[0] == message.content and now < each[1]:
-                    self._nameless.remove(each)
-                    self.committed(message.message_id)
-                    break
+        assert self.outbox is not None
+        self.outbox.own.add(message_id)
 
     def hold(self) -> None:
         """Keep what is written until `release`, to make it one write."""
@@ -260,24 +238,21 @@ class Client:
 
     def stored(self, saved: Saved, nonce: str | None) -> None:
         """The message is committed, and the others have it."""
-        self._settle(nonce)
+        assert self.outbox is not None
+        self.outbox.stored(nonce)
         if self.v1:
             self.write(encode(AckFrame(nonce, saved.message.message_id, saved.message.created_at)))
+        self._answered(self.outbox)
 
     def refused(self, error: ChatError, message: NewMessage) -> None:
         """The message is not stored, or not known to be."""
-        # One that may be stored, for all we know, is remembered, so that it can be recognised in the log.
-        is_settled = not isinstance(error, Unavailable)
-        if isinstance(error, Unavailable) and error.sent and message.nonce is None:
-            self._nameless = [*(self._nameless or ()), (message.content, self._loop.time() + RECOGNISED_FOR)]
-        self._settle(message.nonce if is_settled else None)
+        assert self.outbox is not None
+        self.outbox.refused(error, message)
         self._send_error(error, message.nonce)
+        self._answered(self.outbox)
 
-    def _settle(self, nonce: str | None) -> None:
-        if self.unsettled is not None and nonce is not None:
-            self.unsettled.discard(nonce)
-        self._in_flight -= 1
-        if self._in_flight == self._config.max_in_flight - 1:
+    def _answered(self, outbox: Outbox) -> None:
+        if outbox.in_flight == self._config.max_in_flight - 1:
             self._loop.call_soon(self.read_pump)  # not now, within the answers to others
 
     def _send_error(self, error: ChatError, nonce: str | None = None) -> None:
@@ -301,18 +276,15 @@ class Client:
         assert websocket is not None
         if websocket.full:
             return False
-        if self._own is None and websocket.held is None:
+        outbox = self.outbox
+        if (outbox is None or not outbox.own) and websocket.held is None:
             websocket.transport.write(page.blob)
         else:
             websocket.write(self._others(page))
         return True
 
     def _others(self, page: Page) -> bytes:
-        """Frames without the client's own ones, and forget those: the cursor passes them."""
-        if (own := self._own) is None:
-            return page.blob
-        self._own = {message_id for message_id in own if message_id > page.cursor} or None
-        return b"".join([data for message_id, data in page.frames if message_id not in own])
+        return page.blob if self.outbox is None else self.outbox.others(page)
 
     def catch_up_from(self, cursor: int) -> None:
         """Become live by way of the log: at once if the rest is at hand, else through `write_pump`."""

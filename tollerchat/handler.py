@@ -68,8 +68,8 @@ class ChatHandler:
             if request.transport is None:
                 raise ConnectionResetError
             websocket = WebSocket(request.transport, client, self._config.max_frame_size)
+            client.start(websocket)
+            websocket.take_over(request)
         except BaseException:
             await self._hub.unregister(client)
             raise
-        client.start(websocket)
-        websocket.take_over(request)

@@ -11,6 +11,7 @@ import msgspec
 import psycopg2
 
 from tollerchat.config import Config
+from tollerchat.database import FAILURES, OPTIONS, ConnectionWatch, connect, explain, has_answered, run_query
 from tollerchat.errors import (
     ChannelLocked,
     ChatError,
@@ -21,9 +22,8 @@ from tollerchat.errors import (
     Unavailable,
 )
 from tollerchat.protocol import OutgoingMessage
-from tollerchat.watch import ConnectionWatch
 
-__all__ = ("NewMessage", "Repository", "SaveResult", "Saved", "apply_schema", "connect", "read_schema")
+__all__ = ("NewMessage", "Repository", "SaveResult", "Saved", "apply_schema", "read_schema")
 
 logger = logging.getLogger("tollerchat.repository")
 
@@ -108,9 +108,6 @@ _PREPARE_SAVE = f"""
 _ROW_REFUSALS = (psycopg2.DataError, psycopg2.IntegrityError, psycopg2.errors.RaiseException)
 _REFUSALS = (*_ROW_REFUSALS, psycopg2.errors.LockNotAvailable)
 
-# AssertionError: aiopg, on a broken connection. RuntimeError: uvloop, on a descriptor reused too soon.
-_FAILURES = (psycopg2.Error, OSError, asyncio.TimeoutError, AssertionError, RuntimeError)
-
 
 class NewMessage(msgspec.Struct, gc=False):
     """A message that is to be stored."""
@@ -132,20 +129,6 @@ class Saved(NamedTuple):
 SaveResult = Saved | ChatError
 
 
-def connect(config: Config, timeout: float) -> Any:
-    """An aiopg connection outside the pools, as an awaitable context manager."""
-    return aiopg.connect(config.db_url, timeout=timeout, **_CONNECT)
-
-
-_CONNECT: Any = {
-    # psycopg2's extra types would cost a query on each connect.
-    "enable_json": False,
-    "enable_hstore": False,
-    "enable_uuid": False,
-    "application_name": "tollerchat",
-}
-
-
 class Repository:
     """Messages, channels and users in PostgreSQL. Every method raises `Unavailable` within a bounded time."""
 
@@ -164,7 +147,7 @@ class Repository:
             maxsize=self._config.db_pool_size,
             timeout=self._config.db_timeout,
             on_connect=self.watch.add,
-            **_CONNECT,
+            **OPTIONS,
         )
 
     async def close(self) -> None:
@@ -245,9 +228,9 @@ class Repository:
         conn = None
         try:
             async with self._readers.acquire() as conn, conn.cursor() as cursor:
-                return await _query(cursor, sql, parameters)
-        except _FAILURES as exc:
-            raise _explain(exc, conn) from exc
+                return await run_query(cursor, sql, parameters)
+        except FAILURES as exc:
+            raise explain(exc, conn) from exc
 
     # -- writing -----------------------------------------------------------------------------------
 
@@ -304,11 +287,11 @@ class Repository:
                 if self._writer is None or self._writer.closed:
                     self._writer = None
                     self._writer = await self._connect_writer()
-                return await _query(self._writer_cursor, sql, parameters)
-            except _FAILURES as exc:
-                if isinstance(exc, _REFUSALS) and _has_answered(self._writer, exc):
+                return await run_query(self._writer_cursor, sql, parameters)
+            except FAILURES as exc:
+                if isinstance(exc, _REFUSALS) and has_answered(self._writer, exc):
                     raise
-                unavailable = _explain(exc, self._writer)
+                unavailable = explain(exc, self._writer)
                 if unavailable.sent and self._writer is not None:
                     self._writer.close()  # whatever its state is
                 raise unavailable from exc
@@ -326,33 +309,6 @@ class Repository:
             raise
         self._writer_cursor = cursor
         return conn
-
-
-async def _query(cursor: aiopg.Cursor, sql: str, parameters: Any) -> list[tuple[Any, ...]]:
-    try:
-        await cursor.execute(sql, parameters)
-    except asyncio.CancelledError:
-        if cursor.connection.closed:
-            raise
-        # aiopg's way to say that the server cancelled the query (statement_timeout, an operator)
-        raise Unavailable("the database cancelled the query") from None
-    rows: list[tuple[Any, ...]] = await cursor.fetchall()
-    return rows
-
-
-def _has_answered(conn: "aiopg.Connection | None", exc: Exception) -> bool:
-    """Whether an error came from the database, and not from a connection that failed."""
-    return conn is not None and not conn.closed and isinstance(exc, psycopg2.Error) and exc.pgcode is not None
-
-
-def _explain(exc: Exception, conn: "aiopg.Connection | None") -> Unavailable:
-    """What a failure on a connection means; without one, nothing was sent."""
-    if isinstance(exc, psycopg2.ProgrammingError):
-        logger.error("the database refused a query: %s", exc)
-        return Unavailable("the database is not set up: run tollerchat init-db")
-    if _has_answered(conn, exc):
-        return Unavailable("the database could not run the query")
-    return Unavailable("the database is not reachable", sent=conn is not None)
 
 
 def _results(batch: Sequence[NewMessage], rows: Iterable[tuple[Any, ...]]) -> list[SaveResult]:

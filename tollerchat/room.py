@@ -187,16 +187,11 @@ class Room:
 
     async def _recognise(self, messages: Sequence[OutgoingMessage]) -> None:
         """Find the messages of unknown fate among those from the log: their senders must not get them."""
-        names = {(client.user_id, nonce) for client in self.clients for nonce in client.unsettled or ()}
-        if names:
-            ids = await self._repository.ids_of_nonces(self.channel_id, list(names))
-            for (user_id, nonce), message_id in ids.items():
-                for client in self.clients:  # one user may have sent it over several connections
-                    if client.user_id == user_id and client.unsettled and nonce in client.unsettled:
-                        client.unsettled.discard(nonce)
-                        client.committed(message_id)
-        for client in self.clients:
-            client.recognise(messages)
+        outboxes = [client.outbox for client in self.clients if client.outbox is not None]
+        names = {(outbox.user_id, nonce) for outbox in outboxes for nonce in outbox.unsettled}
+        ids = await self._repository.ids_of_nonces(self.channel_id, list(names)) if names else {}
+        for outbox in outboxes:  # one user may have sent it over several connections
+            outbox.recognise(messages, ids)
 
     def _move_head(self, message_id: int) -> None:
         self.head = message_id

@@ -167,7 +167,11 @@ class WebSocket(asyncio.Protocol):
         if self.held is not None:
             self.held.append(data)
         elif not self._closing and not self.transport.is_closing():
-            self.transport.write(data)
+            try:
+                self.transport.write(data)
+            except Exception:  # uvloop raises where asyncio does not; whoever writes to many goes on
+                logger.exception("a connection failed and was aborted")
+                self.transport.abort()
 
     def hold(self) -> None:
         """Keep what is written until `release`: a call of the system costs more than all the rest."""

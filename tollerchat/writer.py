@@ -210,15 +210,17 @@ class MessageWriter:
         senders = {submission.sender for submission, _ in answers}
         for sender in senders:
             sender.hold()
-        for channel_id, saved in committed.items():
-            self._hub.broadcast(channel_id, saved)
-        for submission, result in answers:
-            if isinstance(result, Saved):
-                submission.sender.stored(result, submission.message.nonce)
-            else:
-                submission.sender.refused(result, submission.message)
-        for sender in senders:
-            sender.release()
+        try:
+            for channel_id, saved in committed.items():
+                self._hub.broadcast(channel_id, saved)
+            for submission, result in answers:
+                if isinstance(result, Saved):
+                    submission.sender.stored(result, submission.message.nonce)
+                else:
+                    submission.sender.refused(result, submission.message)
+        finally:
+            for sender in senders:
+                sender.release()
         return retry
 
     def _may_retry(self, submission: Submission, error: ChatError) -> bool:

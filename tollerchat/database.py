@@ -1,0 +1,95 @@
+"""Connections to PostgreSQL: how they are made, and what their failures mean."""
+
+import asyncio
+import logging
+import select
+import weakref
+from typing import Any, Final
+
+import aiopg
+import psycopg2
+
+from tollerchat.config import Config
+from tollerchat.errors import Unavailable
+
+__all__ = ("FAILURES", "OPTIONS", "ConnectionWatch", "connect", "explain", "has_answered", "run_query")
+
+logger = logging.getLogger("tollerchat.database")
+
+# AssertionError: aiopg, on a broken connection. RuntimeError: uvloop, on a descriptor reused too soon.
+FAILURES = (psycopg2.Error, OSError, asyncio.TimeoutError, AssertionError, RuntimeError)
+
+OPTIONS: Any = {
+    # psycopg2's extra types would cost a query on each connect.
+    "enable_json": False,
+    "enable_hstore": False,
+    "enable_uuid": False,
+    "application_name": "tollerchat",
+}
+
+
+def connect(config: Config, timeout: float) -> Any:
+    """An aiopg connection outside the pools, as an awaitable context manager."""
+    return aiopg.connect(config.db_url, timeout=timeout, **OPTIONS)
+
+
+async def run_query(cursor: aiopg.Cursor, sql: str, parameters: Any) -> list[tuple[Any, ...]]:
+    """Run a query and return its rows. Raises one of `FAILURES`, or `Unavailable`."""
+    try:
+        await cursor.execute(sql, parameters)
+    except asyncio.CancelledError:
+        if cursor.connection.closed:
+            raise
+        # aiopg's way to say that the server cancelled the query (statement_timeout, an operator)
+        raise Unavailable("the database cancelled the query") from None
+    rows: list[tuple[Any, ...]] = await cursor.fetchall()
+    return rows
+
+
+def has_answered(conn: "aiopg.Connection | None", exc: Exception) -> bool:
+    """Whether an error came from the database, and not from a connection that failed."""
+    return conn is not None and not conn.closed and isinstance(exc, psycopg2.Error) and exc.pgcode is not None
+
+
+def explain(exc: Exception, conn: "aiopg.Connection | None") -> Unavailable:
+    """What a failure on a connection means; without one, nothing was sent."""
+    if isinstance(exc, psycopg2.ProgrammingError):
+        logger.error("the database refused a query: %s", exc)
+        return Unavailable("the database is not set up: run tollerchat init-db")
+    if has_answered(conn, exc):
+        return Unavailable("the database could not run the query")
+    return Unavailable("the database is not reachable", sent=conn is not None)
+
+
+WATCH_INTERVAL: Final = 0.2  # seconds
+
+
+class ConnectionWatch:
+    """Closes connections whose socket is in error, so that nothing waits for them until it times out.
+
+    A server process that dies with our query unread resets the connection. libuv, below uvloop, reports
+    that once and then stops to watch the socket; aiopg needs to be called again to see the end.
+    """
+
+    def __init__(self) -> None:
+        self._connections: weakref.WeakSet[aiopg.Connection] = weakref.WeakSet()
+
+    async def add(self, connection: aiopg.Connection) -> None:
+        """Watch a connection for as long as it lives. Awaitable, as a pool's `on_connect` must be."""
+        self._connections.add(connection)
+
+    async def run(self) -> None:
+        """Look at all connections again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL)
+            for connection in list(self._connections):
+                if not connection.closed and _is_broken(connection.raw.fileno()):
+                    connection.close()  # whoever waits for it gets an OperationalError
+
+
+def _is_broken(descriptor: int) -> bool:
+    if not hasattr(select, "poll"):  # Windows, which has no uvloop either
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)  # errors and hang-ups are told unasked
+    return bool(poll.poll(0))
