@@ -64,8 +64,9 @@ class Room:
         self._edition = 0  # counts what makes earlier readings of the log stale
         self._loading: asyncio.Task[None] | None = None
         self._catching_up: asyncio.Task[None] | None = None
-        self._progress: asyncio.Future[None] | None = None  # of the head, for who waits in reach()
+        self._progress: asyncio.Future[None] | None = None  # for those who wait in reach()
         self._commits_in_flight = 0
+        self._commits_ended = 0
         self._heard = 0  # the newest id announced by anybody
         self._target = 0  # the newest id that the room may read from the log
 
@@ -115,7 +116,9 @@ class Room:
     def end_commit(self) -> None:
         """The answer has been dealt with."""
         self._commits_in_flight -= 1
+        self._commits_ended += 1
         self._pursue()
+        self._tell_progress()
 
     def commit(self, saved: Sequence[Saved]) -> None:
         """Take what this server committed, in id order."""
@@ -144,16 +147,17 @@ class Room:
     async def reach(self, message_id: int) -> None:
         """Wait until the head is at `message_id`, which the log has. Raises `Unavailable`.
 
-        Then nothing is under way that was read before, and may have been deleted since.
+        Then nothing is under way that was read or written before, and may have been deleted since.
         """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + REACH_TIMEOUT
+        commits = self._commits_ended + self._commits_in_flight  # they end in their order
         self.hint(message_id)
-        end = asyncio.get_running_loop().time() + REACH_TIMEOUT
-        while self.head < message_id or self._catching_up is not None:
+        while self.head < message_id or self._catching_up is not None or self._commits_ended < commits:
             if self._progress is None:
-                self._progress = asyncio.get_running_loop().create_future()
-            progress = asyncio.shield(self._progress)
+                self._progress = loop.create_future()
             try:
-                await asyncio.wait_for(progress, end - asyncio.get_running_loop().time())
+                await asyncio.wait_for(asyncio.shield(self._progress), end - loop.time())
             except asyncio.TimeoutError:
                 raise Unavailable("the channel's log cannot be read: connect again") from None
 
