@@ -20,19 +20,20 @@ class RawClient:
         self._data = bytearray()
 
     @classmethod
-    async def connect(cls, port, user_id=1, channel_id=1, *, after=None, prefix="", buffer=4096):
+    async def connect(cls, port, user_id=1, channel_id=1, *, after=None, prefix="", buffer=4096, behind=b""):
+        """Open a channel; `behind` is sent right behind the request, without waiting for its answer."""
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)  # else the kernel reads megabytes for it
         sock.setblocking(False)
         self = cls(sock)
         try:
-            await self._open(port, user_id, channel_id, after, prefix)
+            await self._open(port, user_id, channel_id, after, prefix, behind)
         except BaseException:
             sock.close()
             raise
         return self
 
-    async def _open(self, port, user_id, channel_id, after, prefix):
+    async def _open(self, port, user_id, channel_id, after, prefix, behind):
         loop = asyncio.get_running_loop()
         await loop.sock_connect(self.socket, ("127.0.0.1", port))
         query = "" if after is None else f"?after={after}"
@@ -42,7 +43,7 @@ class RawClient:
             f"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
             f"Sec-WebSocket-Protocol: tollerchat.v1\r\nAuthorization: Bearer {token(user_id)}\r\n\r\n"
         )
-        await loop.sock_sendall(self.socket, request.encode())
+        await loop.sock_sendall(self.socket, request.encode() + behind)
         while b"\r\n\r\n" not in self._data:
             await self._more()
         head, _, rest = bytes(self._data).partition(b"\r\n\r\n")

@@ -50,7 +50,6 @@ class Client:
 
     # There are many of them, and most are idle: sets and futures are made when needed.
     __slots__ = (
-        "__weakref__",
         "_config",
         "_cursor",
         "_gap",
@@ -133,19 +132,23 @@ class Client:
         if self._refusal is not None:
             self.close(*self._refusal)
         self.catch_up_from(self._cursor)
+        self.read_pump()
 
     def close(self, code: int, reason: str) -> None:
         """Close the connection, in the background; the first caller decides the code."""
         if self._socket is None:
             self._refusal = self._refusal or (code, reason)
         else:
-            self._room.live.discard(self)
             self._socket.close(code, reason)
 
     def abort(self) -> None:
         """End the connection at once: the peer is dead."""
         if self._socket is not None:
             self._socket.transport.abort()
+
+    def closing(self) -> None:
+        """Nothing is to be sent any more."""
+        self._room.live.discard(self)
 
     def lost(self) -> None:
         """The connection is gone."""
@@ -171,11 +174,11 @@ class Client:
     # -- from the client ---------------------------------------------------------------------------
 
     def read_pump(self) -> None:
-        """Take the frames that came, unless too much of this client is under way."""
+        """Take some of what came, unless too much of this client is under way."""
         websocket = self._socket
         assert websocket is not None
-        while not self._is_busy() and websocket.parse():
-            pass
+        if not self._is_busy():
+            websocket.parse()
 
     def _is_busy(self) -> bool:
         """Whether too much is under way: messages to the database, or answers to it."""
@@ -252,8 +255,8 @@ class Client:
         self._answered(self.outbox)
 
     def _answered(self, outbox: Outbox) -> None:
-        if outbox.in_flight == self._config.max_in_flight - 1:
-            self._loop.call_soon(self.read_pump)  # not now, within the answers to others
+        if outbox.in_flight == self._config.max_in_flight - 1 and self._socket is not None:
+            self._socket.read_on()
 
     def _send_error(self, error: ChatError, nonce: str | None = None) -> None:
         self.write(encode(ErrorFrame(error.code, str(error), nonce)))
@@ -335,7 +338,8 @@ class Client:
         """The client has read most of what was written."""
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
-        self.read_pump()
+        if self._socket is not None:
+            self._socket.read_on()
 
     def _send(self, page: Page) -> None:
         if data := self._others(page):

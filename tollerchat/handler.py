@@ -68,8 +68,9 @@ class ChatHandler:
             if request.transport is None:
                 raise ConnectionResetError
             websocket = WebSocket(request.transport, client, self._config.max_frame_size)
-            client.start(websocket)
             websocket.take_over(request)
+            client.start(websocket)
         except BaseException:
+            client.abort()  # where its connection is ours already
             await self._hub.unregister(client)
             raise

@@ -292,8 +292,8 @@ class Repository:
                 if isinstance(exc, _REFUSALS) and has_answered(self._writer, exc):
                     raise
                 unavailable = explain(exc, self._writer)
-                if unavailable.sent and self._writer is not None:
-                    self._writer.close()  # whatever its state is
+                if self._writer is not None:
+                    self._writer.close()  # whatever its state is, and that of the prepared statement
                 raise unavailable from exc
 
     async def _connect_writer(self) -> aiopg.Connection:

@@ -28,7 +28,7 @@ class Listener(Protocol):
     """Whose connection it is."""
 
     def read_pump(self) -> None:
-        """Call `parse` for as long as there is something to parse and to do."""
+        """Something came: call `parse`, unless too much is under way; then `read_on` when it is not any more."""
 
     def received(self, text: str) -> None:
         """A whole text message."""
@@ -38,6 +38,9 @@ class Listener(Protocol):
 
     def drained(self) -> None:
         """The connection is not full any more."""
+
+    def closing(self) -> None:
+        """Nothing is to be written any more."""
 
     def lost(self) -> None:
         """The connection is gone; called once."""
@@ -58,6 +61,7 @@ class WebSocket(asyncio.Protocol):
         "_pending",
         "_progress_at",
         "_reader",
+        "_turn",
         "_unparsed",
         "full",
         "heard_at",
@@ -76,7 +80,8 @@ class WebSocket(asyncio.Protocol):
         self._abort_timer: asyncio.TimerHandle | None = None
         self.held: list[bytes] | None = None  # what is written between hold() and release()
         self._unparsed = b""
-        self.paused = False  # not reading, while the listener is busy
+        self._turn: asyncio.Handle | None = None  # the next call of read_pump
+        self.paused = True  # not reading; aiohttp may have paused it, so it is resumed in any case
         self._progress_at = 0.0  # when a full buffer last became smaller
         self._pending = 0  # bytes it held then
         frames = _Frames(self, self._loop)
@@ -87,9 +92,10 @@ class WebSocket(asyncio.Protocol):
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
 
     def take_over(self, request: web.Request) -> None:
-        """Become the protocol of the request's transport, and take what the peer has sent meanwhile.
+        """Become the protocol of the request's transport, before anything is written to it.
 
-        The response must be prepared, and the handler must return it next.
+        The response must be prepared, and the handler must return it next. What the peer has sent
+        meanwhile is there for `parse`.
         """
         handler = request.protocol
         self.transport.set_protocol(self)
@@ -102,30 +108,49 @@ class WebSocket(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.heard_at = self._loop.time()
         self._unparsed = self._unparsed + data if self._unparsed else data
-        self._listener.read_pump()
+        if self._turn is None:
+            self._listener.read_pump()
         if self._unparsed and not self.paused and not self.transport.is_closing():
             self.paused = True
             self.transport.pause_reading()
 
+    def eof_received(self) -> None:
+        """The peer sends no more: what is in the buffer still goes out, and then the transport closes."""
+        self._expire()
+
     def feed_data(self, data: bytes) -> tuple[bool, bytes]:
         """As aiohttp's parsers have it: what the peer sent right behind its request."""
-        self.data_received(data)
+        self._unparsed += data
         return False, b""
 
     def feed_eof(self) -> None:
         """As aiohttp's parsers have it."""
 
-    def parse(self) -> bool:
-        """Hand some of what was received to the listener; false if there was nothing."""
-        data = self._unparsed
-        if not data:
-            if self.paused and not self.transport.is_closing():
-                self.paused = False
-                self.transport.resume_reading()
-            return False
-        self._unparsed = data[SLICE:]
-        self._reader.feed_data(data[:SLICE])
-        return True
+    def parse(self) -> None:
+        """Hand some of what was received to the listener; the rest is for later turns of the loop.
+
+        One who sends tiny frames as fast as it can would else keep the loop from everybody.
+        """
+        if data := self._unparsed:
+            self._unparsed = data[SLICE:]
+            self.hold()
+            self._reader.feed_data(data[:SLICE])
+            self.release()
+        if self._unparsed:
+            self.read_on()
+        elif self.paused and not self.transport.is_closing():
+            self.paused = False
+            self.heard_at = self._loop.time()  # nothing could be heard meanwhile
+            self.transport.resume_reading()
+
+    def read_on(self) -> None:
+        """Call `read_pump` in the next turn of the loop."""
+        if self._turn is None:
+            self._turn = self._loop.call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        self._turn = None
+        self._listener.read_pump()
 
     def _parsed(self, frame: WSMessage) -> None:
         kind = frame.type
@@ -189,10 +214,15 @@ class WebSocket(asyncio.Protocol):
         if not self._closing:
             self.release()
             self.write(close_frame(code, reason))
+            self._expire()
+            self.read_on()  # the peer's close frame may be there
+
+    def _expire(self) -> None:
+        """Write nothing more, and abort if the connection is not gone in time."""
+        if not self._closing:
             self._closing = True
+            self._listener.closing()
             self._abort_timer = self._loop.call_later(CLOSE_TIMEOUT, self.transport.abort)
-            if self.paused:
-                self._loop.call_soon(self._listener.read_pump)  # the peer's close frame may be there
 
     def is_stuck(self, now: float, timeout: float) -> bool:
         """Whether the peer, at loop time `now`, has read nothing for `timeout` seconds. Ask regularly."""
