@@ -12,6 +12,7 @@ import pytest
 from tests.faults import running
 from tests.raw_client import RawClient
 from tests.support import WAIT, Template, until
+from tollerchat.websocket import CLOSE_TIMEOUT
 
 pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])
 
@@ -135,6 +136,30 @@ async def test_nothing_follows_a_close_frame(server):
         while more := await asyncio.wait_for(loop.sock_recv(bad.socket, 4096), WAIT):
             received += more
         assert len(received) == size
+
+
+async def test_one_who_waits_for_our_end_after_a_bad_frame_does_not_wait_long(server):
+    loop, bad = asyncio.get_running_loop(), await RawClient.connect(server.port, 1)
+    with closing(bad):
+        await ready(bad)
+        start = time.monotonic()
+        await loop.sock_sendall(bad.socket, RESERVED_BITS)
+        while await asyncio.wait_for(loop.sock_recv(bad.socket, 4096), WAIT):
+            pass
+        assert time.monotonic() - start < CLOSE_TIMEOUT / 2
+
+
+@pytest.mark.parametrize(
+    ("sent", "answered"),
+    [(1000, 1000), (1006, 1002), (1005, 1002), (4999, 4999), (5000, 1002), (65535, 1002)],
+)
+async def test_close_codes_that_must_not_be_sent_are_not_echoed(server, sent, answered):
+    loop, client = asyncio.get_running_loop(), await RawClient.connect(server.port, 1)
+    with closing(client):
+        await ready(client)
+        await loop.sock_sendall(client.socket, b"\x88\x82\0\0\0\0" + sent.to_bytes(2, "big"))
+        assert await client.frame() is None
+        assert client.code == answered
 
 
 async def test_one_who_waits_long_for_the_database_is_not_taken_for_dead(serve, config, database):

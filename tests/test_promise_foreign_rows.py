@@ -166,6 +166,24 @@ async def test_channel_locked_by_another_program_delays_no_other_channel(server,
     assert kinds == ["message", "ack", "ack", "ack"]
 
 
+async def test_many_locked_channels_delay_the_others_no_more_than_one(server, database, foreigner):
+    """An import that takes long, say."""
+    database.execute("INSERT INTO channels (name) SELECT 'import' FROM generate_series(4, 40)")
+    for channel_id in range(4, 41):
+        foreigner.insert("imported", channel_id=channel_id)
+    busy = [(await server.join(1, channel_id))[0] for channel_id in range(4, 41)]
+    carol, _ = await server.join(3, 2)
+    await asyncio.gather(*(client.send("waits", nonce="n") for client in busy))
+    for n in range(10):
+        start = time.monotonic()
+        await carol.send("does not", nonce=f"c{n}")
+        assert (await carol.receive())["type"] == "ack"
+        assert time.monotonic() - start < 1.0
+    foreigner.commit()
+    for client in busy:
+        assert [(await client.receive())["type"] for _ in range(2)] == ["message", "ack"]
+
+
 async def test_batch_that_the_database_refuses_in_part_leaves_no_gap(server, database):
     """Its messages are stored in several transactions then, and others write in between."""
     database.execute(

@@ -147,11 +147,14 @@ async def test_stuck_clients_do_not_delay_the_shutdown_nor_the_others(process, s
         assert time.monotonic() - start < 4.5
 
 
-async def test_shutdown_is_over_in_time_while_the_channel_is_locked(process, session, database):
-    """What cannot be stored gets `unavailable`, or nothing, but never an ack."""
+@pytest.mark.parametrize(
+    "lock", ["SELECT pg_advisory_xact_lock(1953459308, 1)", "LOCK TABLE messages IN SHARE MODE"]
+)
+async def test_shutdown_is_over_in_time_while_nothing_can_be_stored(process, session, database, lock):
+    """What cannot be stored gets `unavailable`."""
     async with connect(session, process, 1) as socket:
         database.execute("BEGIN")
-        database.insert("holds the lock of the channel")
+        database.execute(lock)
         await socket.send_json({"type": "message", "content": "never", "nonce": "n"})
         await socket.send_json({"type": "unknown"})
         while (await socket.receive_json(timeout=WAIT))["type"] != "error":
@@ -161,7 +164,7 @@ async def test_shutdown_is_over_in_time_while_the_channel_is_locked(process, ses
         frames = []
         while (message := await socket.receive(timeout=WAIT)).type is aiohttp.WSMsgType.TEXT:
             frames.append(json.loads(message.data))
-        assert {frame["type"] for frame in frames} <= {"error"}
+        assert [(frame["code"], frame["nonce"]) for frame in frames] == [("unavailable", "n")]
         assert socket.close_code == 1001
         assert await in_thread(process.wait) == 0
         assert time.monotonic() - start < 4.5

@@ -10,6 +10,7 @@ from tests.checker import Log, check, rows_of
 from tests.faults import in_thread, running
 from tests.raw_client import RawClient
 from tests.support import WAIT, Template, until
+from tollerchat.websocket import CLOSE_TIMEOUT
 
 pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])
 
@@ -142,6 +143,19 @@ async def test_reader_that_is_slow_but_reads_is_not_closed(impatient, database, 
     rows = await in_thread(rows_of, database.url)
     await read_to(slow, rows[-1].message_id, log)
     assert check([log], rows) is None
+
+
+async def test_reader_that_trickles_is_not_closed(impatient, database, connect):
+    """It reads less in the timeout than the kernel keeps for it."""
+    database.insert(*("x" * 2000 for _ in range(500)))
+    slow, loop = await connect(impatient, 3, after=0), asyncio.get_running_loop()
+    descriptors = impatient.descriptors()
+    end, received = time.monotonic() + 3 * WRITE_TIMEOUT + CLOSE_TIMEOUT, 0
+    while time.monotonic() < end:
+        received += len(await asyncio.wait_for(loop.sock_recv(slow.socket, 1000), WAIT))
+        await asyncio.sleep(0.1)  # its pace, which is the fault
+    assert impatient.descriptors() == descriptors
+    assert received < 80 * 1024
 
 
 async def test_reader_with_a_full_buffer_is_not_taken_for_dead(database, connect, join):

@@ -6,7 +6,7 @@ import dataclasses
 import aiohttp
 import pytest
 
-from tests.support import token, until
+from tests.support import WAIT, token, until
 from tollerchat.app import hub_key
 
 UPGRADE = {
@@ -80,6 +80,28 @@ async def test_plain_http_request_must_upgrade(server):
 )
 async def test_broken_handshake_is_a_bad_request(server, broken):
     assert (await refusal(server, "/ws/channel/1", **broken))[:2] == (400, "bad_request")
+
+
+async def test_handshake_with_a_body_is_a_bad_request(server):
+    status, _, body = await server.get(
+        f"/ws/channel/1?token={token()}", headers={**UPGRADE, "Content-Length": "3"}, data=b"abc"
+    )
+    assert (status, body["error"]["code"]) == (400, "bad_request")
+
+
+async def test_handshake_of_http_1_0_is_a_bad_request(server):
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    lines = "".join(f"{name}: {value}\r\n" for name, value in UPGRADE.items())
+    writer.write(f"GET /ws/channel/1?token={token()} HTTP/1.0\r\nHost: x\r\n{lines}\r\n".encode())
+    answer = await asyncio.wait_for(reader.read(), WAIT)
+    writer.close()
+    assert answer.split()[1] == b"400"
+    assert b"HTTP/1.1" in answer.partition(b"\r\n\r\n")[2]
+
+
+async def test_head_is_not_answered(server):
+    async with server.session.head(f"{server.url}/ws/channel/1?token={token()}", headers=UPGRADE) as answer:
+        assert answer.status == 405
 
 
 async def test_foreign_origin_is_forbidden_and_the_own_one_is_not(server):

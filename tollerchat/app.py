@@ -75,7 +75,7 @@ def setup(app: web.Application, config: Config) -> None:
     app[writer_key] = writer
     app[bus_key] = PostgresBus(config, hub, repository.watch)
     handler = ChatHandler(config, hub, writer)
-    app.router.add_get("/ws/channel/{channel_id}", handler.serve_ws)
+    app.router.add_get("/ws/channel/{channel_id}", handler.serve_ws, allow_head=False)
     api = MessagesApi(config, repository, hub, writer)
     app.router.add_get("/channels/{channel_id}/messages", api.get_messages)
     app.router.add_post("/channels/{channel_id}/messages", api.post_message)
@@ -119,7 +119,7 @@ async def drain(app: web.Application) -> None:
         return
     hub.draining = True
     try:
-        await asyncio.wait_for(app[writer_key].flush(), timeout / 2)
+        await asyncio.wait_for(app[writer_key].flush(timeout / 3), timeout / 2)
     except asyncio.TimeoutError:
         logger.error("shutting down with messages that could not be stored: their senders have no ack")
     await hub.close_all(timeout / 2)

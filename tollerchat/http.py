@@ -5,7 +5,7 @@ import binascii
 import hashlib
 from urllib.parse import urlsplit
 
-from aiohttp import hdrs, web
+from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.http import WS_KEY
 
 from tollerchat.auth import Identity, verify_token
@@ -83,6 +83,10 @@ def handshake(request: web.Request) -> dict[str, str]:
         raise UpgradeRequired("this is a WebSocket route: connect with ws:// or wss://")
     if "upgrade" not in _tokens(headers.get(hdrs.CONNECTION, "").lower()):
         raise BadRequest("not a valid WebSocket handshake: it needs Connection: Upgrade")
+    if request.version < HttpVersion11:
+        raise BadRequest("not a valid WebSocket handshake: it needs HTTP/1.1")
+    if hdrs.TRANSFER_ENCODING in headers or headers.get(hdrs.CONTENT_LENGTH, "0") != "0":
+        raise BadRequest("not a valid WebSocket handshake: it must have no body")
     if headers.get(hdrs.SEC_WEBSOCKET_VERSION) != "13":
         raise BadRequest("not a valid WebSocket handshake: it needs Sec-WebSocket-Version: 13")
     key = headers.get(hdrs.SEC_WEBSOCKET_KEY, "")

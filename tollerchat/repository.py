@@ -33,6 +33,9 @@ LOCK_KEY = 0x746F6C6C
 # RFC 3339; the time must be one in UTC.
 _TIME_FORMAT = """'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"""
 
+# All queries have their index. A planner that knows nothing of a new table would sort a channel for each page.
+_USE_INDEXES = "SET enable_seqscan = off; SET enable_bitmapscan = off;"
+
 # Rows that came from elsewhere may lack a user or a time: the seed's columns are nullable.
 _COLUMNS = f"""content, coalesce(user_id, 0), channel_id, id,
     to_char(coalesce(created_at, 'epoch') AT TIME ZONE 'UTC', {_TIME_FORMAT})"""
@@ -65,13 +68,18 @@ _SAVE = f"""
     SELECT pg_advisory_xact_lock({LOCK_KEY}, channel_id) FROM unnest(%s::int[]) AS sorted (channel_id);
     EXECUTE tollerchat_save (%s)"""
 
+_LOCKED = f"""
+    SELECT channel_id FROM unnest(%s::int[]) AS asked (channel_id)
+    WHERE NOT pg_try_advisory_xact_lock({LOCK_KEY}, channel_id)"""
+
 # The ids are taken here and not by the column's default, so that each row of the answer knows its own.
 # `previous` (once per channel) is what the channel had before: main queries do not see what CTEs insert.
 _PREPARE_SAVE = f"""
     SET tollerchat.writer = 'on';
     SET lock_timeout = '100ms';
     SET plan_cache_mode = force_generic_plan;
-    SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off;
+    SET enable_hashjoin = off; SET enable_mergejoin = off;
+    {_USE_INDEXES}
     PREPARE tollerchat_save (json) AS
     WITH moment AS MATERIALIZED (SELECT clock_timestamp() AS now),
     incoming AS MATERIALIZED (
@@ -146,9 +154,14 @@ class Repository:
             minsize=0,
             maxsize=self._config.db_pool_size,
             timeout=self._config.db_timeout,
-            on_connect=self.watch.add,
+            on_connect=self._prepare_reader,
             **OPTIONS,
         )
+
+    async def _prepare_reader(self, conn: aiopg.Connection) -> None:
+        await self.watch.add(conn)
+        async with conn.cursor() as cursor:
+            await cursor.execute(_USE_INDEXES)
 
     async def close(self) -> None:
         if self._writer is not None:
@@ -253,31 +266,51 @@ class Repository:
         try:
             rows = await self._write(_SAVE, (channel_ids, payload))
         except psycopg2.errors.LockNotAvailable:
-            # Somebody holds a channel for long, an idle transaction say: the others must not suffer.
+            # Somebody holds channels for long, an idle transaction say: the others must not suffer.
+            error: ChatError = ChannelLocked("the channel is locked by another transaction")
             if len(channel_ids) == 1:
-                return [ChannelLocked("the channel is locked by another transaction")] * len(batch)
-            return await self._save_parts(batch, lambda _, message: message.channel_id)
+                return [error] * len(batch)
+            locked = await self._read(_LOCKED, (channel_ids,))
+            if not locked:  # it was another lock, of a row maybe
+                return await self._save_parts(batch, lambda _, message: message.channel_id, {})
+            return await self._save_parts(
+                batch, lambda *_: 0, {channel_id: error for (channel_id,) in locked}
+            )
         except _ROW_REFUSALS as exc:
             if len(batch) == 1:
                 logger.warning("the database refused a message: %s", exc.pgcode)
                 return [InvalidContent("the database refused the message")]
-            return await self._save_parts(batch, lambda n, _: n * 2 // len(batch))
+            return await self._save_parts(batch, lambda n, _: n * 2 // len(batch), {})
         return _results(batch, rows)
 
     async def _save_parts(
-        self, batch: Sequence[NewMessage], part_of: Callable[[int, NewMessage], int]
+        self,
+        batch: Sequence[NewMessage],
+        part_of: Callable[[int, NewMessage], int],
+        stopped: dict[int, ChatError],
     ) -> list[SaveResult]:
-        """Store a batch that failed as a whole in smaller parts; of one channel, in their order."""
+        """Store a batch that failed as a whole in smaller parts.
+
+        `stopped` has the channels for which it is not tried. A channel where a message has to be tried
+        again is stopped, too: what follows it must not overtake it.
+        """
         parts: dict[int, list[int]] = {}
         for n, message in enumerate(batch):
             parts.setdefault(part_of(n, message), []).append(n)
         results: dict[int, SaveResult] = {}
         for numbers in parts.values():
+            tried = [n for n in numbers if batch[n].channel_id not in stopped]
             try:
-                part = await self.save_messages([batch[n] for n in numbers])
+                saved = await self.save_messages([batch[n] for n in tried]) if tried else []
             except Unavailable as exc:  # not of the parts before, which are committed
-                part = [exc] * len(numbers)
-            results.update(zip(numbers, part, strict=True))
+                saved = [exc] * len(tried)
+            results.update(zip(tried, saved, strict=True))
+            results.update((n, stopped[batch[n].channel_id]) for n in numbers if n not in results)
+            for n, result in zip(tried, saved, strict=True):
+                if isinstance(result, ChannelLocked):
+                    stopped[batch[n].channel_id] = result
+                elif isinstance(result, Unavailable):
+                    stopped[batch[n].channel_id] = Unavailable(str(result))  # the rest was not sent
         return [results[n] for n in range(len(batch))]
 
     async def _write(self, sql: str, parameters: Any) -> list[tuple[Any, ...]]:

@@ -5,15 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import struct
+import sys
 from typing import Any, Final, Protocol
 
-from aiohttp import web
+from aiohttp import WSCloseCode, web
 from aiohttp._websocket.reader import WebSocketDataQueue  # the only place to hook into the parser
 from aiohttp.http import WebSocketError, WebSocketReader, WSMessage, WSMsgType
 
 from tollerchat.protocol import CloseCode, close_frame, pong_frame
 
 __all__ = ("BUFFER_LIMIT", "CLOSE_TIMEOUT", "WebSocket")
+
+if sys.platform == "linux":
+    import fcntl
+    import termios
+
+    _SIOCOUTQ: Final[int | None] = termios.TIOCOUTQ  # tcp(7): the same number
+else:
+    _SIOCOUTQ = None
 
 logger = logging.getLogger("tollerchat.websocket")
 
@@ -167,7 +177,8 @@ class WebSocket(asyncio.Protocol):
 
     def _close_received(self, code: int) -> None:
         if not self._closing:
-            self.close(code, "")
+            may_be_sent = code != WSCloseCode.ABNORMAL_CLOSURE and code < 5000  # RFC 6455, section 7.4
+            self.close(code if may_be_sent else WSCloseCode.PROTOCOL_ERROR, "")
         self.transport.close()  # what is in the buffer still goes out
 
     def _failed(self, error: BaseException) -> None:
@@ -179,6 +190,8 @@ class WebSocket(asyncio.Protocol):
             self.close(CloseCode.INTERNAL_ERROR, "internal error")
         # Until the peer hangs up, or the time is over, what it sends is read and dropped: a socket that is closed
         # with unread data answers with a reset, which may destroy the close frame (RFC 9112, section 9.6).
+        if self.transport.can_write_eof() and not self.transport.is_closing():
+            self.transport.write_eof()  # some peers wait for our end
 
     # -- to the peer -------------------------------------------------------------------------------
 
@@ -228,13 +241,23 @@ class WebSocket(asyncio.Protocol):
         """Whether the peer, at loop time `now`, has read nothing for `timeout` seconds. Ask regularly."""
         if not self.full:
             return False
-        if (pending := self.transport.get_write_buffer_size()) < self._pending:
-            self._pending, self._progress_at = pending, now
+        pending = self._unread()
+        if pending < self._pending:
+            self._progress_at = now
+        self._pending = pending
         return now - self._progress_at >= timeout
+
+    def _unread(self) -> int:
+        """Bytes that the peer's kernel has not taken yet, as far as ours tells."""
+        pending = self.transport.get_write_buffer_size()
+        if _SIOCOUTQ is not None:
+            descriptor = self.transport.get_extra_info("socket").fileno()
+            pending += struct.unpack("i", fcntl.ioctl(descriptor, _SIOCOUTQ, bytes(4)))[0]
+        return pending
 
     def pause_writing(self) -> None:
         self.full = True
-        self._pending, self._progress_at = self.transport.get_write_buffer_size(), self._loop.time()
+        self._pending, self._progress_at = self._unread(), self._loop.time()
 
     def resume_writing(self) -> None:
         self.full = False

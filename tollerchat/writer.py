@@ -68,6 +68,7 @@ class MessageWriter:
         self._idle = asyncio.Event()  # there is nothing to store, and nothing being stored
         self._idle.set()
         self._closed = False
+        self._last_retry = float("inf")  # loop time after which nothing is tried again
 
     def submit(self, message: NewMessage, sender: Sender) -> None:
         """Queue a message. Raises `Unavailable` where it cannot wait; else the sender is told in time."""
@@ -80,9 +81,13 @@ class MessageWriter:
         self._work.set()
         self._idle.clear()
 
-    async def flush(self) -> None:
-        """Take nothing more, and wait until all that was taken has its answer."""
+    async def flush(self, timeout: float) -> None:
+        """Take nothing more, and wait until all that was taken has its answer.
+
+        After `timeout` seconds nothing is tried again: the answer is `Unavailable` then.
+        """
         self._closed = True
+        self._last_retry = asyncio.get_running_loop().time() + timeout
         await self._idle.wait()
 
     async def run(self) -> None:
@@ -225,7 +230,8 @@ class MessageWriter:
 
     def _may_retry(self, submission: Submission, error: ChatError) -> bool:
         """Whether another try is in time, and cannot store the message twice."""
-        if not isinstance(error, Unavailable) or asyncio.get_running_loop().time() >= submission.deadline:
+        deadline = min(submission.deadline, self._last_retry)
+        if not isinstance(error, Unavailable) or asyncio.get_running_loop().time() >= deadline:
             return False
         # Where an answer was lost, only a nonce can tell whether the message is stored.
         return submission.message.nonce is not None or not error.sent
