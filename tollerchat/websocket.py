@@ -189,9 +189,8 @@ class WebSocket(asyncio.Protocol):
             logger.error("a frame could not be dealt with", exc_info=error)
             self.close(CloseCode.INTERNAL_ERROR, "internal error")
         # Until the peer hangs up, or the time is over, what it sends is read and dropped: a socket that is closed
-        # with unread data answers with a reset, which may destroy the close frame (RFC 9112, section 9.6).
-        if self.transport.can_write_eof() and not self.transport.is_closing():
-            self.transport.write_eof()  # some peers wait for our end
+        # with unread data answers with a reset, which may destroy the close frame (RFC 9112, section 9.6). Our end
+        # alone would be too early, too: some who still send take it for the end of the connection.
 
     # -- to the peer -------------------------------------------------------------------------------
 
