@@ -66,33 +66,29 @@ _ACCESS = """
 # of its own so that its snapshot has all that was committed under those locks, the rows.
 _SAVE = f"""
     SELECT pg_advisory_xact_lock({LOCK_KEY}, channel_id) FROM unnest(%s::int[]) AS sorted (channel_id);
-    EXECUTE tollerchat_save (%s)"""
+    EXECUTE tollerchat_save (%s, %s)"""
 
 _LOCKED = f"""
     SELECT channel_id FROM unnest(%s::int[]) AS asked (channel_id)
     WHERE NOT pg_try_advisory_xact_lock({LOCK_KEY}, channel_id)"""
 
 # The ids are taken here and not by the column's default, so that each row of the answer knows its own.
-# `previous` (once per channel) is what the channel had before: main queries do not see what CTEs insert.
+# The first row has what each channel had before: main queries do not see what CTEs insert.
 _PREPARE_SAVE = f"""
     SET tollerchat.writer = 'on';
     SET lock_timeout = '100ms';
     SET plan_cache_mode = force_generic_plan;
     SET enable_hashjoin = off; SET enable_mergejoin = off;
     {_USE_INDEXES}
-    PREPARE tollerchat_save (json) AS
+    PREPARE tollerchat_save (json, int[]) AS
     WITH moment AS MATERIALIZED (SELECT clock_timestamp() AS now),
     incoming AS MATERIALIZED (
         SELECT n, new.channel_id, new.user_id, new.content, new.nonce,
-            channels.id IS NOT NULL AS channel_exists, users.id IS NOT NULL AS user_exists,
             old.id AS old_id, old.content AS old_content, old.created_at AS old_created_at,
-            CASE WHEN old.id IS NULL AND channels.id IS NOT NULL AND users.id IS NOT NULL
-                THEN nextval(%(sequence)s::regclass) END AS id
+            CASE WHEN old.id IS NULL THEN nextval(%(sequence)s::regclass) END AS id
         FROM ROWS FROM (
             json_to_recordset($1) AS (channel_id int, user_id int, content text, nonce text)
         ) WITH ORDINALITY AS new (channel_id, user_id, content, nonce, n)
-        LEFT JOIN channels ON channels.id = new.channel_id
-        LEFT JOIN users ON users.id = new.user_id
         LEFT JOIN messages AS old
             ON old.channel_id = new.channel_id AND old.user_id = new.user_id AND old.nonce = new.nonce
         ORDER BY n
@@ -102,15 +98,14 @@ _PREPARE_SAVE = f"""
         SELECT id, channel_id, user_id, content, nonce, (SELECT now FROM moment)
         FROM incoming WHERE id IS NOT NULL ORDER BY id
     )
-    SELECT id, old_id, old_content, channel_exists, user_exists,
+    SELECT id, old_id, old_content,
         CASE WHEN old_id IS NOT NULL
             THEN to_char(old_created_at AT TIME ZONE 'UTC', {_TIME_FORMAT})
             ELSE (SELECT to_char(now AT TIME ZONE 'UTC', {_TIME_FORMAT}) FROM moment) END,
-        CASE WHEN row_number() OVER (PARTITION BY channel_id ORDER BY n) = 1
-            THEN coalesce((SELECT max(messages.id) FROM messages
-                WHERE messages.channel_id = incoming.channel_id), 0) END
+        CASE WHEN n = 1 THEN ARRAY(
+            SELECT coalesce((SELECT max(id) FROM messages WHERE messages.channel_id = asked.channel_id), 0)
+            FROM unnest($2) WITH ORDINALITY AS asked (channel_id, place) ORDER BY place) END
     FROM incoming ORDER BY n"""
-
 
 # What the server may say about single rows of a batch: a foreign key, a check, a trigger, an encoding.
 _ROW_REFUSALS = (psycopg2.DataError, psycopg2.IntegrityError, psycopg2.errors.RaiseException)
@@ -263,8 +258,9 @@ class Repository:
         """
         channel_ids = sorted({message.channel_id for message in batch})
         payload = msgspec.json.encode(batch).decode()
+        array = "{" + ",".join(map(str, channel_ids)) + "}"  # psycopg2 would adapt each number by itself
         try:
-            rows = await self._write(_SAVE, (channel_ids, payload))
+            rows = await self._write(_SAVE, (array, payload, array))
         except psycopg2.errors.LockNotAvailable:
             # Somebody holds channels for long, an idle transaction say: the others must not suffer.
             error: ChatError = ChannelLocked("the channel is locked by another transaction")
@@ -278,10 +274,9 @@ class Repository:
             )
         except _ROW_REFUSALS as exc:
             if len(batch) == 1:
-                logger.warning("the database refused a message: %s", exc.pgcode)
-                return [InvalidContent("the database refused the message")]
+                return [_explain_refusal(exc)]
             return await self._save_parts(batch, lambda n, _: n * 2 // len(batch), {})
-        return _results(batch, rows)
+        return _results(batch, rows, channel_ids)
 
     async def _save_parts(
         self,
@@ -344,29 +339,31 @@ class Repository:
         return conn
 
 
-def _results(batch: Sequence[NewMessage], rows: Iterable[tuple[Any, ...]]) -> list[SaveResult]:
+def _results(
+    batch: Sequence[NewMessage], rows: Sequence[tuple[Any, ...]], channel_ids: Iterable[int]
+) -> list[SaveResult]:
     """Read the answer of `tollerchat_save`."""
     results: list[SaveResult] = []
-    newest: dict[int, int] = {}  # of each channel, as the rows are gone through
-    for new, row in zip(batch, rows, strict=True):
-        message_id, old_id, old_content, channel_exists, user_exists, created_at, channel_previous = row
-        if channel_previous is not None:
-            newest[new.channel_id] = channel_previous
-        if old_id is not None and old_content != new.content:
-            results.append(NonceConflict("this nonce was used for a message with other content"))
-        elif old_id is not None:
-            stored = OutgoingMessage(new.content, new.user_id, new.channel_id, old_id, created_at)
-            results.append(Saved(stored, repeated=True, previous=0))
-        elif message_id is not None:
+    newest = dict(zip(channel_ids, rows[0][4], strict=True))  # as the rows are gone through
+    for new, (message_id, old_id, old_content, created_at, _) in zip(batch, rows, strict=True):
+        if old_id is None:
             stored = OutgoingMessage(new.content, new.user_id, new.channel_id, message_id, created_at)
             results.append(Saved(stored, repeated=False, previous=newest[new.channel_id]))
             newest[new.channel_id] = message_id
-        elif not channel_exists:
-            results.append(NotFound(f"channel {new.channel_id} does not exist"))
+        elif old_content == new.content:
+            stored = OutgoingMessage(new.content, new.user_id, new.channel_id, old_id, created_at)
+            results.append(Saved(stored, repeated=True, previous=0))
         else:
-            assert not user_exists
-            results.append(NotFound(f"user {new.user_id} does not exist"))
+            results.append(NonceConflict("this nonce was used for a message with other content"))
     return results
+
+
+def _explain_refusal(exc: psycopg2.Error) -> ChatError:
+    """Why the database did not take a message."""
+    if isinstance(exc, psycopg2.errors.ForeignKeyViolation):
+        return NotFound("the channel or the user does not exist any more")
+    logger.warning("the database refused a message: %s", exc.pgcode)
+    return InvalidContent("the database refused the message")
 
 
 def read_schema() -> str:
