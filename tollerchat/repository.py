@@ -64,9 +64,7 @@ _ACCESS = """
 
 # One round trip for a batch, and one transaction: first the locks, in sorted order; then, in a statement
 # of its own so that its snapshot has all that was committed under those locks, the rows.
-_SAVE = f"""
-    SELECT pg_advisory_xact_lock({LOCK_KEY}, channel_id) FROM unnest(%s::int[]) AS sorted (channel_id);
-    EXECUTE tollerchat_save (%s, %s)"""
+_SAVE = "EXECUTE tollerchat_lock (%s); EXECUTE tollerchat_save (%s, %s)"
 
 _LOCKED = f"""
     SELECT channel_id FROM unnest(%s::int[]) AS asked (channel_id)
@@ -80,6 +78,8 @@ _PREPARE_SAVE = f"""
     SET plan_cache_mode = force_generic_plan;
     SET enable_hashjoin = off; SET enable_mergejoin = off;
     {_USE_INDEXES}
+    PREPARE tollerchat_lock (int[]) AS
+    SELECT pg_advisory_xact_lock({LOCK_KEY}, channel_id) FROM unnest($1) AS sorted (channel_id);
     PREPARE tollerchat_save (json, int[]) AS
     WITH moment AS MATERIALIZED (SELECT clock_timestamp() AS now),
     incoming AS MATERIALIZED (
