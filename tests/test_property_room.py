@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import selectors
+import socket
 from unittest import mock
 
 from hypothesis import HealthCheck, settings
@@ -169,11 +170,13 @@ class Peer:
     While it does not read, each byte in the buffer is one too many.
     """
 
-    def __init__(self, loop, name, user_id, after):
+    def __init__(self, loop, sock, name, user_id, after):
         self.log = Log(name, user_id, after=after)
         self._loop = loop
+        self._socket = sock  # with empty buffers
         self.reads = True
         self.closed = False
+        self.aborted = False  # by the server
         self.flooded = False  # it was sent messages while it read nothing
         self._protocol = None
         self._unsent = []  # before the connection was accepted
@@ -185,7 +188,7 @@ class Peer:
         assert high == BUFFER_LIMIT
 
     def get_extra_info(self, name, default=None):
-        return mock.Mock() if name == "socket" else default
+        return self._socket if name == "socket" else default
 
     def is_closing(self):
         return self.closed
@@ -210,10 +213,8 @@ class Peer:
             self._protocol.pause_writing()
 
     def abort(self):
-        if not self.closed:
-            self.closed = True
-            if self._protocol is not None:
-                self._loop.call_soon(self._protocol.connection_lost, None)
+        self.aborted = True
+        self.hang_up()
 
     # The protocol
 
@@ -228,6 +229,12 @@ class Peer:
             self._protocol.data_received(data)
 
     # The peer
+
+    def hang_up(self):
+        if not self.closed:
+            self.closed = True
+            if self._protocol is not None:
+                self._loop.call_soon(self._protocol.connection_lost, None)
 
     def send(self, frame):
         self.log.sent(frame)
@@ -261,6 +268,7 @@ class Channel(RuleBasedStateMachine):
         for patch in self.patches:
             patch.start()
         self.loop = Loop()
+        self.socket = socket.socket()
         self.repository = FakeRepository()
         self.hub = Hub(CONFIG, self.repository)
         self.writer = MessageWriter(CONFIG, self.repository, self.hub)
@@ -309,7 +317,7 @@ class Channel(RuleBasedStateMachine):
             else:
                 peer.connect(client)
 
-        peer = Peer(self.loop, f"peer {len(self.logs)}", user_id, after)
+        peer = Peer(self.loop, self.socket, f"peer {len(self.logs)}", user_id, after)
         self.tasks.append(self.loop.create_task(serve(peer)))
         self.peers.append(peer)
         self.logs.append(peer.log)
@@ -326,7 +334,7 @@ class Channel(RuleBasedStateMachine):
         ]
         if seen:
             self.last_seen[peer.log.user_id] = seen[-1]
-        peer.abort()
+        peer.hang_up()
         self.spin()
 
     @precondition(lambda self: self.peers)
@@ -472,6 +480,7 @@ class Channel(RuleBasedStateMachine):
                 task.cancel()
             self.loop.run_until_complete(asyncio.gather(*self.tasks, return_exceptions=True))
             self.loop.close()
+            self.socket.close()
             for patch in self.patches:
                 patch.stop()
 
@@ -494,6 +503,7 @@ class Channel(RuleBasedStateMachine):
             if task.done() and not task.cancelled():
                 task.result()
         for peer in self.peers:
+            assert not peer.aborted, f"{peer.log.name} was aborted"
             assert not peer.flooded, f"{peer.log.name} was sent messages while its buffer was full"
             if not peer.closed:
                 peer.log.complete = True
