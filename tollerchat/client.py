@@ -13,19 +13,18 @@ from tollerchat.errors import ChatError, InvalidFrame, Unauthorized, Unavailable
 from tollerchat.outbox import Outbox
 from tollerchat.protocol import (
     PING_FRAME,
-    AckFrame,
     CloseCode,
-    ErrorFrame,
     IncomingAuth,
     IncomingMessage,
     IncomingTyping,
     OutgoingTyping,
     ReadyFrame,
     encode,
+    error_frame,
     nonce_of,
     parse,
 )
-from tollerchat.repository import NewMessage, Saved
+from tollerchat.repository import NewMessage
 from tollerchat.room import RETRY_DELAY, Page, Room
 from tollerchat.websocket import WebSocket
 from tollerchat.writer import MessageWriter
@@ -184,8 +183,8 @@ class Client:
         """Whether too much is under way: messages to the database, or answers to it."""
         websocket = self._socket
         assert websocket is not None
-        in_flight = 0 if self.outbox is None else self.outbox.in_flight
-        return (in_flight >= self._config.max_in_flight or websocket.full) and not websocket.closing
+        full = websocket.full or (self.outbox is not None and self.outbox.full)
+        return full and not websocket.closing
 
     def received(self, text: str) -> None:
         """A frame of the client."""
@@ -198,16 +197,18 @@ class Client:
             elif isinstance(incoming, IncomingAuth):
                 self._on_auth(incoming)
         except ChatError as exc:
-            self._send_error(exc, nonce_of(text))
+            self.write(error_frame(exc, nonce_of(text)))
 
     def received_binary(self) -> None:
         """A frame that is not text."""
-        self._send_error(InvalidFrame("binary frames are not understood: send text frames"))
+        self.write(error_frame(InvalidFrame("binary frames are not understood: send text frames")))
 
     def _on_message(self, frame: IncomingMessage) -> None:
-        self._writer.submit(NewMessage(self.channel_id, self.user_id, frame.content, frame.nonce), self)
         if self.outbox is None:
-            self.outbox = Outbox(self.user_id)
+            assert self._socket is not None
+            self.outbox = Outbox(self._socket, self.user_id, self._config.max_in_flight, v1=self.v1)
+        message = NewMessage(self.channel_id, self.user_id, frame.content, frame.nonce)
+        self._writer.submit(message, self.outbox)
         self.outbox.sent(frame.nonce)
 
     def _on_typing(self) -> None:
@@ -221,45 +222,6 @@ class Client:
         if identity.user_id != self.user_id:
             raise Unauthorized("the token is of another user: open another connection for them")
         self.expires_at = identity.expires_at
-
-    # -- answers to its own messages, from the writer ----------------------------------------------
-
-    def committed(self, message_id: int) -> None:
-        """A message of its own has this id: it is not to be sent to it."""
-        assert self.outbox is not None
-        self.outbox.own.add(message_id)
-
-    def hold(self) -> None:
-        """Keep what is written until `release`, to make it one write."""
-        if self._socket is not None:
-            self._socket.hold()
-
-    def release(self) -> None:
-        """Write what was kept."""
-        if self._socket is not None:
-            self._socket.release()
-
-    def stored(self, saved: Saved, nonce: str | None) -> None:
-        """The message is committed, and the others have it."""
-        assert self.outbox is not None
-        self.outbox.stored(nonce)
-        if self.v1:
-            self.write(encode(AckFrame(nonce, saved.message.message_id, saved.message.created_at)))
-        self._answered(self.outbox)
-
-    def refused(self, error: ChatError, message: NewMessage) -> None:
-        """The message is not stored, or not known to be."""
-        assert self.outbox is not None
-        self.outbox.refused(error, message)
-        self._send_error(error, message.nonce)
-        self._answered(self.outbox)
-
-    def _answered(self, outbox: Outbox) -> None:
-        if outbox.in_flight == self._config.max_in_flight - 1 and self._socket is not None:
-            self._socket.read_on()
-
-    def _send_error(self, error: ChatError, nonce: str | None = None) -> None:
-        self.write(encode(ErrorFrame(error.code, str(error), nonce)))
 
     # -- to the client -----------------------------------------------------------------------------
 

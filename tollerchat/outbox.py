@@ -1,4 +1,4 @@
-"""`Outbox`: what a client has sent, and what became of it."""
+"""`Outbox`: what a client has sent, and what becomes of it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from tollerchat.errors import ChatError, Unavailable
-from tollerchat.protocol import OutgoingMessage
-from tollerchat.repository import NewMessage
+from tollerchat.protocol import AckFrame, OutgoingMessage, encode, error_frame
+from tollerchat.repository import NewMessage, Saved
 from tollerchat.room import Page
+from tollerchat.websocket import WebSocket
 
 __all__ = ("Outbox",)
 
@@ -18,37 +19,68 @@ RECOGNISED_FOR: Final = 60.0
 
 
 class Outbox:
-    """The messages of one connection: how many are under way, and which of the log's it is not to be sent."""
+    """The messages that one connection sent: their answers, and which of the log's it is not to be sent.
 
-    __slots__ = ("_nameless", "in_flight", "own", "unsettled", "user_id")
+    To the `MessageWriter`, it is their sender.
+    """
 
-    def __init__(self, user_id: int) -> None:
+    __slots__ = ("_in_flight", "_max_in_flight", "_nameless", "_socket", "_v1", "own", "unsettled", "user_id")
+
+    def __init__(self, websocket: WebSocket, user_id: int, max_in_flight: int, *, v1: bool) -> None:
         self.user_id = user_id
-        self.in_flight = 0
+        self._socket = websocket
+        self._v1 = v1
+        self._max_in_flight = max_in_flight
+        self._in_flight = 0
         self.own: set[int] = set()  # ids of its messages that its cursor has not passed yet
         self.unsettled: set[str] = set()  # nonces of its messages that may be stored, or may not
         self._nameless: list[tuple[str, float]] = []  # contents of such without one, and until when
 
+    @property
+    def full(self) -> bool:
+        """Whether as many messages are under way as may be."""
+        return self._in_flight >= self._max_in_flight
+
     def sent(self, nonce: str | None) -> None:
         """A message is under way."""
-        self.in_flight += 1
+        self._in_flight += 1
         if nonce is not None:
             self.unsettled.add(nonce)
 
-    def stored(self, nonce: str | None) -> None:
-        """It is committed; its id was added to `own` before."""
-        self.in_flight -= 1
+    def committed(self, message_id: int) -> None:
+        """A message has this id: it is not to be sent to its sender."""
+        self.own.add(message_id)
+
+    def hold(self) -> None:
+        """Keep what is written until `release`, to make it one write."""
+        self._socket.hold()
+
+    def release(self) -> None:
+        """Write what was kept."""
+        self._socket.release()
+
+    def stored(self, saved: Saved, nonce: str | None) -> None:
+        """The message is committed, and the others have it."""
         if nonce is not None:
             self.unsettled.discard(nonce)
+        if self._v1:
+            self._socket.write(encode(AckFrame(nonce, saved.message.message_id, saved.message.created_at)))
+        self._answered()
 
     def refused(self, error: ChatError, message: NewMessage) -> None:
         """It is not stored, or, for all we know, may be: then it is remembered, to be recognised in the log."""
-        self.in_flight -= 1
         if not isinstance(error, Unavailable):
             if message.nonce is not None:
                 self.unsettled.discard(message.nonce)
         elif error.sent and message.nonce is None:
             self._nameless.append((message.content, time.monotonic() + RECOGNISED_FOR))
+        self._socket.write(error_frame(error, message.nonce))
+        self._answered()
+
+    def _answered(self) -> None:
+        if self.full:
+            self._socket.read_on()  # it was not read meanwhile
+        self._in_flight -= 1
 
     def recognise(self, messages: Sequence[OutgoingMessage], ids: Mapping[tuple[int, str], int]) -> None:
         """Find its messages of unknown fate among new ones from the log; `ids` are by user and nonce."""

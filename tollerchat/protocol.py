@@ -39,6 +39,7 @@ __all__ = (
     "ReadyFrame",
     "close_frame",
     "encode",
+    "error_frame",
     "nonce_of",
     "parse",
     "parse_message",
@@ -234,6 +235,11 @@ def encode(frame: OutgoingFrame) -> bytes:
     if size < 65536:
         return b"\x81\x7e" + size.to_bytes(2, "big") + payload
     return b"\x81\x7f" + size.to_bytes(8, "big") + payload
+
+
+def error_frame(error: ChatError, nonce: str | None = None) -> bytes:
+    """What a client is told of a frame that was refused; `nonce` is the frame's."""
+    return encode(ErrorFrame(error.code, str(error), nonce))
 
 
 def pong_frame(payload: bytes) -> bytes:
