@@ -20,8 +20,8 @@ from bench.client import Client, client_frame
 from bench.generator import Generator
 from tollerchat import Config
 from tollerchat.auth import issue_token
+from tollerchat.database import read_schema
 from tollerchat.embedded import run_postgres
-from tollerchat.repository import read_schema
 
 __all__ = (
     "CHANNELS",

@@ -8,7 +8,7 @@ from aiohttp import web
 
 import tollerchat
 from tollerchat.app import repository_key
-from tollerchat.repository import NewMessage
+from tollerchat.saving import NewMessage
 
 ROBOT = 1  # the user in whose name the application speaks
 

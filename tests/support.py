@@ -12,7 +12,7 @@ import psycopg2
 from aiohttp import web
 
 from tollerchat import create_app
-from tollerchat.repository import read_schema
+from tollerchat.database import read_schema
 
 SECRET = "a secret that is long enough for HS256"
 WAIT = 10  # seconds, the bound on everything a test waits for

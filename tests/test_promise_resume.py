@@ -12,7 +12,7 @@ from tests.checker import Log, check, rows_of
 from tests.faults import Stranger, in_thread, running
 from tests.raw_client import RawClient
 from tests.support import Template, psql, until
-from tollerchat.repository import LOCK_KEY
+from tollerchat.saving import LOCK_KEY
 
 pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])
 

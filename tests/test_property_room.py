@@ -24,7 +24,7 @@ from tollerchat.client import Client
 from tollerchat.errors import NonceConflict, Unavailable
 from tollerchat.hub import Hub
 from tollerchat.protocol import OutgoingMessage
-from tollerchat.repository import Saved
+from tollerchat.saving import Saved
 from tollerchat.websocket import BUFFER_LIMIT, WebSocket
 from tollerchat.writer import MessageWriter
 

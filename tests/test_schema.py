@@ -6,7 +6,7 @@ import psycopg2
 import pytest
 
 from tests.support import SEED_DDL, psql
-from tollerchat.repository import read_schema
+from tollerchat.database import read_schema
 
 
 @pytest.fixture

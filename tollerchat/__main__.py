@@ -18,9 +18,9 @@ from tollerchat import __version__
 from tollerchat.app import create_app, drain
 from tollerchat.auth import issue_token
 from tollerchat.config import Config
+from tollerchat.database import apply_schema
 from tollerchat.embedded import DEMO_USERS, add_demo_data, keep_secret, run_postgres
 from tollerchat.errors import ConfigError
-from tollerchat.repository import apply_schema
 
 __all__ = ("main",)
 

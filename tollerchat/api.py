@@ -10,7 +10,8 @@ from tollerchat.errors import BadRequest, ChatError
 from tollerchat.http import authenticate, channel_id_of, error_response, integer, message_id_of
 from tollerchat.hub import Hub
 from tollerchat.protocol import MAX_BIGINT, OutgoingMessage, parse_message
-from tollerchat.repository import NewMessage, Repository, Saved
+from tollerchat.repository import Repository
+from tollerchat.saving import NewMessage, Saved
 from tollerchat.writer import MessageWriter
 
 __all__ = ("MessagesApi",)

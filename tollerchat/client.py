@@ -24,8 +24,8 @@ from tollerchat.protocol import (
     nonce_of,
     parse,
 )
-from tollerchat.repository import NewMessage
 from tollerchat.room import RETRY_DELAY, Page, Room
+from tollerchat.saving import NewMessage
 from tollerchat.websocket import WebSocket
 from tollerchat.writer import MessageWriter
 

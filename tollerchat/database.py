@@ -4,6 +4,7 @@ import asyncio
 import logging
 import select
 import weakref
+from importlib import resources
 from typing import Any, Final
 
 import aiopg
@@ -12,7 +13,19 @@ import psycopg2
 from tollerchat.config import Config
 from tollerchat.errors import Unavailable
 
-__all__ = ("FAILURES", "OPTIONS", "ConnectionWatch", "connect", "explain", "has_answered", "run_query")
+__all__ = (
+    "FAILURES",
+    "OPTIONS",
+    "TIME_FORMAT",
+    "USE_INDEXES",
+    "ConnectionWatch",
+    "apply_schema",
+    "connect",
+    "explain",
+    "has_answered",
+    "read_schema",
+    "run_query",
+)
 
 logger = logging.getLogger("tollerchat.database")
 
@@ -26,6 +39,12 @@ OPTIONS: Any = {
     "enable_uuid": False,
     "application_name": "tollerchat",
 }
+
+# All queries have their index. A planner that knows nothing of a new table would sort a channel for each page.
+USE_INDEXES: Final = "SET enable_seqscan = off; SET enable_bitmapscan = off;"
+
+# RFC 3339; the time must be one in UTC.
+TIME_FORMAT: Final = """'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"""
 
 
 def connect(config: Config, timeout: float) -> Any:
@@ -93,3 +112,14 @@ def _is_broken(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, 0)  # errors and hang-ups are told unasked
     return bool(poll.poll(0))
+
+
+def read_schema() -> str:
+    """The SQL of schema.sql."""
+    return resources.files("tollerchat").joinpath("schema.sql").read_text("utf-8")
+
+
+async def apply_schema(config: Config) -> None:
+    """Apply schema.sql to `config.db_url`. Raises `psycopg2.Error`."""
+    async with connect(config, timeout=60.0) as conn, conn.cursor() as cursor:
+        await cursor.execute(read_schema())

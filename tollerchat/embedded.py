@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psycopg2
 
+from tollerchat.database import read_schema
 from tollerchat.errors import ConfigError
-from tollerchat.repository import read_schema
 
 __all__ = ("DEMO_USERS", "add_demo_data", "keep_secret", "run_postgres")
 

@@ -12,8 +12,9 @@ from tollerchat.access import Access
 from tollerchat.config import Config
 from tollerchat.errors import NotFound, Unavailable
 from tollerchat.protocol import CloseCode
-from tollerchat.repository import Repository, Saved
+from tollerchat.repository import Repository
 from tollerchat.room import Room
+from tollerchat.saving import Saved
 from tollerchat.tasks import end_tasks
 
 if TYPE_CHECKING:

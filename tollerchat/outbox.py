@@ -8,8 +8,8 @@ from typing import Final
 
 from tollerchat.errors import ChatError, Unavailable
 from tollerchat.protocol import AckFrame, OutgoingMessage, encode, error_frame
-from tollerchat.repository import NewMessage, Saved
 from tollerchat.room import Page
+from tollerchat.saving import NewMessage, Saved
 from tollerchat.websocket import WebSocket
 
 __all__ = ("Outbox",)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from tollerchat.errors import Unavailable
 from tollerchat.protocol import MAX_BIGINT, OutgoingMessage, encode
-from tollerchat.repository import Repository, Saved
+from tollerchat.repository import Repository
+from tollerchat.saving import Saved
 from tollerchat.tasks import end_tasks
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from typing import Final, NamedTuple, Protocol
 from tollerchat.config import Config
 from tollerchat.errors import ChannelLocked, ChatError, Unavailable
 from tollerchat.hub import Hub
-from tollerchat.repository import NewMessage, Repository, Saved, SaveResult
+from tollerchat.repository import Repository
 from tollerchat.room import Room
+from tollerchat.saving import NewMessage, Saved, SaveResult
 from tollerchat.tasks import end_tasks
 
 __all__ = ("MessageWriter", "Sender")
