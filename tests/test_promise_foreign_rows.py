@@ -18,8 +18,9 @@ pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True
 class Foreigner:
     """Another program, with a transaction that is open until `commit`."""
 
-    def __init__(self, url):
+    def __init__(self, url, isolation_level=None):
         self._connection = psycopg2.connect(url)
+        self._connection.set_session(isolation_level=isolation_level)
         self.commit = self._connection.commit
         self.rollback = self._connection.rollback
         self.close = self._connection.close
@@ -119,6 +120,80 @@ async def test_transaction_that_commits_late_keeps_the_order_for_all(server, dat
     await read_to(bob, bob_log, "the end")
     assert check([alice_log, bob_log], rows_of(database.url)) is None
     assert len(rows_of(database.url)) == 16
+
+
+async def waiting_for_a_lock(database):
+    sql = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'advisory' AND datname = current_database()"
+    await until(lambda: database.execute(sql))
+
+
+async def test_transaction_with_an_old_snapshot_keeps_the_order(server, database, foreigner):
+    """Its id is from before the lock, and it does not see what was committed meanwhile."""
+    bob, log = await joined(server)
+    foreigner.insert("one")  # holds the lock of the channel
+    with contextlib.closing(Foreigner(database.url, isolation_level="REPEATABLE READ")) as late:
+        inserting = asyncio.ensure_future(in_thread(late.insert, "two"))
+        await waiting_for_a_lock(database)
+        foreigner.insert("one more")
+        foreigner.commit()
+        await inserting
+        await read_to(bob, log, "one more")
+        late.commit()
+    await read_to(bob, log, "two")
+    assert check([log], rows_of(database.url)) is None
+
+
+async def test_order_does_not_depend_on_the_databases_default_isolation(serve, config, database, foreigner):
+    database.execute(
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_isolation = serializable',"
+        " current_database()); END $$"
+    )
+    server = await serve(config)
+    (alice, alice_log), (bob, bob_log) = await joined(server, 1), await joined(server, 2)
+    for content in ("connects", "after"):
+        alice_log.sent({"type": "message", "content": content})
+    await alice.send("connects")
+    alice_log.received(await alice.receive())
+    foreigner.insert("before")  # holds the lock of the channel
+    await alice.send("after")
+    await waiting_for_a_lock(database)
+    foreigner.commit()
+    await read_to(bob, bob_log, "after")
+    await read_to(alice, alice_log, "before")
+    rows = rows_of(database.url)
+    assert [row.content for row in rows] == ["connects", "before", "after"]
+    assert check([alice_log, bob_log], rows) is None
+
+
+async def test_rows_with_ids_of_their_own_choice_go_live_in_order(server, database):
+    (alice, _), (bob, log) = await joined(server, 1), await joined(server, 2)
+    for message_id in (1000, 1, 1001):
+        database.execute(
+            "INSERT INTO messages (id, channel_id, user_id, content) VALUES (%s, 1, 9, %s)",
+            message_id,
+            f"chosen {message_id}",
+        )
+        await alice.send(f"after {message_id}")
+    await read_to(bob, log, "after 1001")
+    assert check([log], rows_of(database.url)) is None
+    assert len(rows_of(database.url)) == 6
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "INSERT INTO messages (channel_id, user_id, content) VALUES (NULL, 9, 'of no channel')",
+        "NOTIFY tollerchat",
+        "NOTIFY tollerchat, 'grown 1:x'",
+        "NOTIFY tollerchat, 'deleted'",
+        "NOTIFY tollerchat, 'unheard of'",
+    ],
+)
+async def test_notifications_that_say_nothing_do_no_harm(server, database, sql):
+    bob, _ = await server.join(2)
+    database.execute(sql)
+    database.insert("goes live")
+    assert (await asyncio.wait_for(bob.receive(), bus.PROBE_INTERVAL / 2))["content"] == "goes live"
 
 
 async def test_others_write_into_a_channel_that_the_server_writes_to(server, database):

@@ -59,7 +59,10 @@ class PostgresBus:
             while True:
                 # No timeout here: a cancelled get() can lose a notification.
                 notification = await connection.notifies.get()
-                await self._dispatch(notification.payload)
+                try:
+                    await self._dispatch(notification.payload)
+                except (ValueError, IndexError):  # anybody may notify anything
+                    logger.warning("a notification that is not understood: %.100r", notification.payload)
         finally:
             await end_tasks(probing)
 

@@ -16,8 +16,8 @@ from tollerchat.errors import Unavailable
 __all__ = (
     "FAILURES",
     "OPTIONS",
+    "SETTINGS",
     "TIME_FORMAT",
-    "USE_INDEXES",
     "ConnectionWatch",
     "apply_schema",
     "connect",
@@ -40,8 +40,11 @@ OPTIONS: Any = {
     "application_name": "tollerchat",
 }
 
-# All queries have their index. A planner that knows nothing of a new table would sort a channel for each page.
-USE_INDEXES: Final = "SET enable_seqscan = off; SET enable_bitmapscan = off;"
+# What we rely on, whatever the database's defaults are: a snapshot for each statement; and indexes, because
+# a planner that knows nothing of a new table would sort a channel for each page.
+SETTINGS: Final = """
+    SET default_transaction_isolation = 'read committed';
+    SET enable_seqscan = off; SET enable_bitmapscan = off;"""
 
 # RFC 3339; the time must be one in UTC.
 TIME_FORMAT: Final = """'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"""

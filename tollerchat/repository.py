@@ -10,8 +10,8 @@ from tollerchat.config import Config
 from tollerchat.database import (
     FAILURES,
     OPTIONS,
+    SETTINGS,
     TIME_FORMAT,
-    USE_INDEXES,
     ConnectionWatch,
     explain,
     run_query,
@@ -72,7 +72,7 @@ class Repository:
     async def _prepare_reader(self, conn: aiopg.Connection) -> None:
         await self.watch.add(conn)
         async with conn.cursor() as cursor:
-            await cursor.execute(USE_INDEXES)
+            await cursor.execute(SETTINGS)
 
     async def close(self) -> None:
         self._saver.close()

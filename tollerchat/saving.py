@@ -12,8 +12,8 @@ import psycopg2
 from tollerchat.config import Config
 from tollerchat.database import (
     FAILURES,
+    SETTINGS,
     TIME_FORMAT,
-    USE_INDEXES,
     ConnectionWatch,
     connect,
     explain,
@@ -45,7 +45,7 @@ _PREPARE = f"""
     SET lock_timeout = '100ms';
     SET plan_cache_mode = force_generic_plan;
     SET enable_hashjoin = off; SET enable_mergejoin = off;
-    {USE_INDEXES}
+    {SETTINGS}
     PREPARE tollerchat_lock (int[]) AS
     SELECT pg_advisory_xact_lock({LOCK_KEY}, channel_id) FROM unnest($1) AS sorted (channel_id);
     PREPARE tollerchat_save (json, int[]) AS

@@ -71,13 +71,12 @@ CREATE INDEX IF NOT EXISTS channel_users_user_id_idx ON channel_users (user_id);
 
 -- Order: within one channel, ids are handed out in commit order, so that "everything after id N" is complete.
 -- The server holds a channel's lock before it takes an id (and says so by this setting, to save the trigger);
--- every other writer gets both here: the lock, and a new id if a greater one was committed meanwhile.
+-- every other writer gets both here: the lock, and then a new id. The one it has may be too small by now, and
+-- a transaction whose snapshot is older than the lock could not tell; sequences do not mind snapshots.
 CREATE OR REPLACE FUNCTION tollerchat_order() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM pg_advisory_xact_lock(1953459308, NEW.channel_id);
-    IF NEW.id <= (SELECT max(id) FROM messages WHERE channel_id = NEW.channel_id) THEN
-        NEW.id := nextval(pg_get_serial_sequence('messages', 'id'));
-    END IF;
+    NEW.id := nextval(pg_get_serial_sequence('messages', 'id'));
     RETURN NEW;
 END $$;
 
@@ -92,7 +91,7 @@ BEGIN
     PERFORM pg_notify('tollerchat', 'grown ' || string_agg(entry, ' '))
     FROM (
         SELECT channel_id || ':' || max(id) AS entry, row_number() OVER () / 200 AS part
-        FROM inserted GROUP BY channel_id
+        FROM inserted WHERE channel_id IS NOT NULL GROUP BY channel_id
     ) AS entries
     GROUP BY part;
     RETURN NULL;
