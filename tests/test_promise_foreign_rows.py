@@ -9,6 +9,7 @@ import pytest
 
 from tests.checker import Log, check, rows_of
 from tests.faults import Proxy, in_thread
+from tests.raw_client import RawClient
 from tests.support import SECRET, WAIT, Template, psql, until
 from tollerchat import Config, bus
 
@@ -419,3 +420,19 @@ async def test_truncation_closes_with_1001_and_ids_may_start_again(server, datab
     assert (history, missed) == ([], [])
     await alice.send("new", nonce="n")
     assert (await bob.receive())["message_id"] == 1
+
+
+async def test_one_who_is_slow_to_leave_does_not_keep_what_was_truncated(server, database):
+    """The room lives on meanwhile."""
+    database.insert("old", "older", "oldest")
+    bob, _ = await server.join(2)
+    with contextlib.closing(
+        await RawClient.connect(server.port, 3)
+    ) as slow:  # does not answer the close frame
+        database.execute("TRUNCATE messages RESTART IDENTITY")
+        assert await bob.closed() == 1001
+        bob, history = await server.join(2)
+        assert history == []
+        slow.close()
+        database.insert("new")
+        assert (await bob.receive())["content"] == "new"

@@ -7,7 +7,7 @@ import aiohttp
 import pytest
 
 from tests.support import WAIT, token, until
-from tollerchat.app import hub_key
+from tollerchat.app import hub_key, tasks_key
 
 UPGRADE = {
     "Connection": "Upgrade",
@@ -145,6 +145,13 @@ async def test_database_without_tables_is_unavailable(serve, config, database):
 async def test_health_is_ok_while_all_is_well(server):
     status, _, body = await server.get("/health")
     assert (status, body) == (200, {"status": "ok"})
+
+
+async def test_health_tells_that_a_part_of_the_server_has_failed(server):
+    server.app[tasks_key][0].cancel()
+    await until(lambda: server.app[tasks_key][0].done())
+    status, _, body = await server.get("/health")
+    assert (status, body["error"]["code"]) == (503, "unavailable")
 
 
 async def test_request_that_is_abandoned_during_the_handshake_leaves_nothing_behind(server):

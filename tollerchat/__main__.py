@@ -75,9 +75,9 @@ def _with_secret(config: Config) -> Config:
 def _init_db(config: Config) -> None:
     config.require_db_url()
     try:
-        asyncio.run(apply_schema(config))
-    except (psycopg2.Error, asyncio.TimeoutError) as exc:
-        reason = str(exc).strip().split("\n")[0] or "no answer"
+        apply_schema(config.db_url)
+    except psycopg2.Error as exc:
+        reason = str(exc).strip().split("\n")[0]
         raise ConfigError(f"cannot set up the database of DB_URL: {reason}") from None
     print("the database is set up")
 

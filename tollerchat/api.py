@@ -6,7 +6,7 @@ import msgspec
 from aiohttp import web
 
 from tollerchat.config import Config
-from tollerchat.errors import BadRequest, ChatError
+from tollerchat.errors import BadRequest, ChatError, Unavailable
 from tollerchat.http import authenticate, channel_id_of, error_response, integer, message_id_of
 from tollerchat.hub import Hub
 from tollerchat.protocol import MAX_BIGINT, OutgoingMessage, parse_message
@@ -84,7 +84,11 @@ class MessagesApi:
             incoming = parse_message(await self._body(request))
             poster = Poster()
             self._writer.submit(NewMessage(channel_id, user_id, incoming.content, incoming.nonce), poster)
-            answer = await poster.answer
+            # The last try may take some queries; later than that, the writer has failed.
+            bound = self._config.store_timeout + 4 * self._config.db_timeout
+            answer = await asyncio.wait_for(poster.answer, bound)
+        except asyncio.TimeoutError:
+            return error_response(Unavailable("the message may be stored, or not", sent=True))
         except ChatError as exc:
             return error_response(exc)
         if isinstance(answer, ChatError):

@@ -21,7 +21,17 @@ from tollerchat.repository import Repository
 from tollerchat.tasks import end_tasks
 from tollerchat.writer import MessageWriter
 
-__all__ = ("bus_key", "config_key", "create_app", "drain", "hub_key", "repository_key", "setup", "writer_key")
+__all__ = (
+    "bus_key",
+    "config_key",
+    "create_app",
+    "drain",
+    "hub_key",
+    "repository_key",
+    "setup",
+    "tasks_key",
+    "writer_key",
+)
 
 logger = logging.getLogger("tollerchat.app")
 
@@ -30,6 +40,7 @@ repository_key = web.AppKey("repository_key", Repository)
 hub_key = web.AppKey("hub_key", Hub)
 writer_key = web.AppKey("writer_key", MessageWriter)
 bus_key = web.AppKey("bus_key", PostgresBus)
+tasks_key = web.AppKey("tasks_key", list)  # which run for as long as the server
 
 HEALTH_TIMEOUT = 2.0  # seconds
 
@@ -74,6 +85,7 @@ def setup(app: web.Application, config: Config) -> None:
     app[hub_key] = hub
     app[writer_key] = writer
     app[bus_key] = PostgresBus(config, hub, repository.watch)
+    app[tasks_key] = []
     handler = ChatHandler(config, hub, writer)
     app.router.add_get("/ws/channel/{channel_id}", handler.serve_ws, allow_head=False)
     api = MessagesApi(config, repository, hub, writer)
@@ -89,26 +101,31 @@ async def _parts(app: web.Application) -> AsyncIterator[None]:
     async with contextlib.AsyncExitStack() as stack:
         await app[repository_key].open()
         stack.push_async_callback(app[repository_key].close)
-        await stack.enter_async_context(_background(app[repository_key].watch.run()))
-        await stack.enter_async_context(_background(app[writer_key].run()))
-        await stack.enter_async_context(_background(app[bus_key].run()))
-        await stack.enter_async_context(_background(app[hub_key].keep_alive()))
+        works = (
+            app[repository_key].watch.run,
+            app[writer_key].run,
+            app[bus_key].run,
+            app[hub_key].keep_alive,
+        )
+        for work in works:
+            app[tasks_key].append(await stack.enter_async_context(_background(work())))
         yield
 
 
 @contextlib.asynccontextmanager
-async def _background(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+async def _background(work: Coroutine[None, None, None]) -> "AsyncIterator[asyncio.Task[None]]":
     """Run an endless task, and report at once if it ends all the same."""
 
     def report(task: "asyncio.Task[None]") -> None:
-        if not task.cancelled():
-            logger.critical("a background task ended: restart the server", exc_info=task.exception())
+        error = None if task.cancelled() else task.exception()
+        logger.critical("a background task ended: restart the server", exc_info=error)
 
     task = asyncio.create_task(work)
     task.add_done_callback(report)
     try:
-        yield
+        yield task
     finally:
+        task.remove_done_callback(report)
         await end_tasks(task)
 
 
@@ -131,6 +148,8 @@ async def health(request: web.Request) -> web.StreamResponse:
     try:
         if app[hub_key].draining:
             raise Unavailable("the server is shutting down")
+        if any(task.done() for task in app[tasks_key]):
+            raise Unavailable("a part of the server has failed: restart it")
         await asyncio.wait_for(app[repository_key].ping(), HEALTH_TIMEOUT)
     except asyncio.TimeoutError:
         return error_response(Unavailable("the database does not answer"))

@@ -8,7 +8,7 @@ import logging
 import aiopg
 
 from tollerchat.config import Config
-from tollerchat.database import FAILURES, ConnectionWatch, connect
+from tollerchat.database import FAILURES, ConnectionWatch, connect, run_query
 from tollerchat.errors import Unavailable
 from tollerchat.hub import Hub
 from tollerchat.tasks import end_tasks
@@ -97,4 +97,4 @@ class PostgresBus:
 
 async def _execute(connection: aiopg.Connection, sql: str) -> None:
     async with connection.cursor() as cursor:
-        await cursor.execute(sql)
+        await run_query(cursor, sql, ())

@@ -130,7 +130,13 @@ class Client:
         self._next_ping = self._loop.time() + random.uniform(0.5, 1.0) * self._config.ping_interval
         if self._refusal is not None:
             self.close(*self._refusal)
-        self.catch_up_from(self._cursor)
+        if not websocket.closing and (page := self._room.since(self._cursor)) is not None:
+            websocket.hold()
+            self._send(page)
+            self._go_live()
+            websocket.release()
+        else:
+            self.fall_behind(self._cursor)
         self.read_pump()
 
     def close(self, code: int, reason: str) -> None:
@@ -251,20 +257,10 @@ class Client:
     def _others(self, page: Page) -> bytes:
         return page.blob if self.outbox is None else self.outbox.others(page)
 
-    def catch_up_from(self, cursor: int) -> None:
-        """Become live by way of the log: at once if the rest is at hand, else through `write_pump`."""
-        websocket = self._socket
-        assert websocket is not None
+    def fall_behind(self, cursor: int) -> None:
+        """Be given what follows `cursor` by `write_pump`, as fast as it is read."""
         self._cursor = cursor
-        if websocket.closing:
-            return
-        if not websocket.full and (page := self._room.since(cursor)) is not None:
-            websocket.hold()
-            self._send(page)
-            self._go_live()
-            websocket.release()
-        else:
-            self.pump = asyncio.create_task(self.write_pump())
+        self.pump = asyncio.create_task(self.write_pump())
 
     async def write_pump(self) -> None:
         """Send what follows the cursor, as fast as the client reads, until it is live."""
@@ -286,6 +282,8 @@ class Client:
         except Exception:
             logger.exception("a connection of user %d failed", self.user_id)
             self.close(CloseCode.INTERNAL_ERROR, "internal error")
+        finally:
+            self.pump = None
 
     async def _read_page(self) -> Page:
         """What follows the cursor, as soon as the database can be reached."""

@@ -1,6 +1,7 @@
 """Connections to PostgreSQL: how they are made, and what their failures mean."""
 
 import asyncio
+import contextlib
 import logging
 import select
 import weakref
@@ -56,7 +57,7 @@ def connect(config: Config, timeout: float) -> Any:
 
 
 async def run_query(cursor: aiopg.Cursor, sql: str, parameters: Any) -> list[tuple[Any, ...]]:
-    """Run a query and return its rows. Raises one of `FAILURES`, or `Unavailable`."""
+    """Run a query and return its rows, if it has any. Raises one of `FAILURES`, or `Unavailable`."""
     try:
         await cursor.execute(sql, parameters)
     except asyncio.CancelledError:
@@ -64,7 +65,7 @@ async def run_query(cursor: aiopg.Cursor, sql: str, parameters: Any) -> list[tup
             raise
         # aiopg's way to say that the server cancelled the query (statement_timeout, an operator)
         raise Unavailable("the database cancelled the query") from None
-    rows: list[tuple[Any, ...]] = await cursor.fetchall()
+    rows: list[tuple[Any, ...]] = await cursor.fetchall() if cursor.description else []
     return rows
 
 
@@ -122,7 +123,8 @@ def read_schema() -> str:
     return resources.files("tollerchat").joinpath("schema.sql").read_text("utf-8")
 
 
-async def apply_schema(config: Config) -> None:
-    """Apply schema.sql to `config.db_url`. Raises `psycopg2.Error`."""
-    async with connect(config, timeout=60.0) as conn, conn.cursor() as cursor:
-        await cursor.execute(read_schema())
+def apply_schema(db_url: str) -> None:
+    """Apply schema.sql, however long it takes to rewrite large tables. Raises `psycopg2.Error`."""
+    with contextlib.closing(psycopg2.connect(db_url)) as connection, connection.cursor() as cursor:
+        connection.autocommit = True
+        cursor.execute(read_schema())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psycopg2
 
-from tollerchat.database import read_schema
+from tollerchat.database import apply_schema
 from tollerchat.errors import ConfigError
 
 __all__ = ("DEMO_USERS", "add_demo_data", "keep_secret", "run_postgres")
@@ -57,9 +57,9 @@ def run_postgres(data_dir: Path) -> Iterator[str]:
 
 def add_demo_data(url: str) -> None:
     """Apply the schema, and add users 1 and 2 and channel 1, unless they are there."""
+    apply_schema(url)
     with contextlib.closing(psycopg2.connect(url)) as connection, connection.cursor() as cursor:
         connection.autocommit = True
-        cursor.execute(read_schema())
         cursor.execute(_DEMO, (list(DEMO_USERS), list(DEMO_USERS.values())))
 
 

@@ -24,7 +24,7 @@ __all__ = ("Hub",)
 
 logger = logging.getLogger("tollerchat.hub")
 
-ABORT_TIMEOUT = 1.0  # seconds
+PATIENCE = 0.8  # of the time for closing all connections; those that are left then are aborted
 
 
 class Hub:
@@ -133,6 +133,8 @@ class Hub:
         self.access.forget()
         for client in self._clients():
             client.close(CloseCode.GOING_AWAY, "the database was emptied: connect again")
+        for room in self.rooms.values():  # which live on if somebody is slow to leave
+            room.restart()
 
     # -- who may stay ------------------------------------------------------------------------------
 
@@ -182,17 +184,22 @@ class Hub:
         tick = min(1.0, self._config.ping_interval / 4)
         while True:
             await asyncio.sleep(tick)
+            now, unix_time = loop.time(), time.time()
             for client in self._clients():
-                client.check(loop.time(), time.time())
+                try:
+                    client.check(now, unix_time)
+                except Exception:  # one bad connection must not end this for all
+                    logger.exception("a connection failed and was aborted")
+                    client.abort()
 
     async def close_all(self, timeout: float) -> None:
-        """Close all connections, in parallel, and return when they are gone; after `timeout`, abort them."""
+        """Close all connections, in parallel, and return when they are gone, within `timeout`."""
         for client in self._clients():
             client.close(CloseCode.GOING_AWAY, "the server is going away")
-        if not await self._empties(timeout):
+        if not await self._empties(timeout * PATIENCE):
             for client in self._clients():
                 client.abort()
-            await self._empties(ABORT_TIMEOUT)
+            await self._empties(timeout * (1 - PATIENCE))
 
     async def _empties(self, timeout: float) -> bool:
         """Whether all clients are gone within `timeout`."""

@@ -72,7 +72,7 @@ class Repository:
     async def _prepare_reader(self, conn: aiopg.Connection) -> None:
         await self.watch.add(conn)
         async with conn.cursor() as cursor:
-            await cursor.execute(SETTINGS)
+            await run_query(cursor, SETTINGS, ())
 
     async def close(self) -> None:
         self._saver.close()
@@ -124,10 +124,10 @@ class Repository:
         return rows[0][0] if rows else None
 
     async def ids_of_nonces(
-        self, channel_id: int, names: Sequence[tuple[int, str]]
+        self, channel_id: int, nonces: Sequence[tuple[int, str]]
     ) -> dict[tuple[int, str], int]:
         """The ids of the messages with these users and nonces, as far as they are stored."""
-        parameters = (channel_id, [user_id for user_id, _ in names], [nonce for _, nonce in names])
+        parameters = (channel_id, [user_id for user_id, _ in nonces], [nonce for _, nonce in nonces])
         rows = await self._read(_NONCES, parameters)
         return {(user_id, nonce): message_id for user_id, nonce, message_id in rows}
 

@@ -68,8 +68,10 @@ class Room:
         self._progress: asyncio.Future[None] | None = None  # for those who wait in reach()
         self._commits_in_flight = 0
         self._commits_ended = 0
+        self._spoilt = False  # something was forgotten while a commit was in flight
         self._heard = 0  # the newest id announced by anybody
         self._target = 0  # the newest id that the room may read from the log
+        self._read_to = 0  # how far it has done so, whether or not there was something
 
     # -- starting and ending -----------------------------------------------------------------------
 
@@ -106,6 +108,7 @@ class Room:
 
     async def close(self) -> None:
         """Stop reading the log; nobody is in the room any more."""
+        self._loaded = False  # a commit that ends later must not start again
         await end_tasks(self._loading, self._catching_up)
 
     # -- how the log grows -------------------------------------------------------------------------
@@ -118,6 +121,8 @@ class Room:
         """The answer has been dealt with."""
         self._commits_in_flight -= 1
         self._commits_ended += 1
+        if self._spoilt:
+            self.forget()
         self._pursue()
         self._tell_progress()
 
@@ -142,8 +147,15 @@ class Room:
     def forget(self) -> None:
         """Messages were deleted or changed: do not send the old ones from memory."""
         self._edition += 1
+        self._spoilt = self._commits_in_flight > 0  # it may have been of what they will tell
         self._forget_recent()
         self._floor = self.head
+
+    def restart(self) -> None:
+        """The log was emptied, and its ids may start again; all who are in the room are being closed."""
+        self._loaded = False
+        self.head = self._heard = self._target = self._read_to = 0
+        self.forget()
 
     async def reach(self, message_id: int) -> None:
         """Wait until the head is at `message_id`, which the log has. Raises `Unavailable`.
@@ -154,7 +166,11 @@ class Room:
         end = loop.time() + REACH_TIMEOUT
         commits = self._commits_ended + self._commits_in_flight  # they end in their order
         self.hint(message_id)
-        while self.head < message_id or self._catching_up is not None or self._commits_ended < commits:
+        while (
+            max(self.head, self._read_to) < message_id
+            or self._catching_up is not None
+            or self._commits_ended < commits
+        ):
             if self._progress is None:
                 self._progress = loop.create_future()
             try:
@@ -173,7 +189,7 @@ class Room:
     async def _catch_up(self) -> None:
         try:
             while self.head < self._target:
-                target = self._target
+                target, edition = self._target, self._edition
                 try:
                     messages = await self._repository.load_messages_after(
                         self.channel_id, self.head, target, PAGE_SIZE
@@ -183,9 +199,12 @@ class Room:
                     logger.warning("channel %d cannot catch up yet: %s", self.channel_id, exc)
                     await asyncio.sleep(RETRY_DELAY)
                     continue
+                if edition != self._edition:
+                    continue  # what was read may have been deleted meanwhile
                 self._extend(messages)
-                if len(messages) < PAGE_SIZE:
-                    self._move_head(max(self.head, target))  # the rest was deleted before we read it
+                if len(messages) < PAGE_SIZE and target == self._target:
+                    # The rest was deleted before we read it, or somebody told of what never was.
+                    self._read_to, self._target = target, self.head
         finally:
             self._catching_up = None
             self._tell_progress()
@@ -193,8 +212,8 @@ class Room:
     async def _recognise(self, messages: Sequence[OutgoingMessage]) -> None:
         """Find the messages of unknown fate among those from the log: their senders must not get them."""
         outboxes = [client.outbox for client in self.clients if client.outbox is not None]
-        names = {(outbox.user_id, nonce) for outbox in outboxes for nonce in outbox.unsettled}
-        ids = await self._repository.ids_of_nonces(self.channel_id, list(names)) if names else {}
+        nonces = {(outbox.user_id, nonce) for outbox in outboxes for nonce in outbox.unsettled}
+        ids = await self._repository.ids_of_nonces(self.channel_id, list(nonces)) if nonces else {}
         for outbox in outboxes:  # one user may have sent it over several connections
             outbox.recognise(messages, ids)
 
@@ -227,7 +246,7 @@ class Room:
                 client.abort()
         for client in lagging:
             self.live.discard(client)
-            client.catch_up_from(before)
+            client.fall_behind(before)
 
     def _forget_recent(self) -> None:
         self._recent.clear()

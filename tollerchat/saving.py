@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import aiopg
@@ -127,45 +127,51 @@ class Saver:
         try:
             rows = await self._run(_SAVE, (array, payload, array))
         except psycopg2.errors.LockNotAvailable:
-            # Somebody holds channels for long, an idle transaction say: the others must not suffer.
-            error: ChatError = ChannelLocked("the channel is locked by another transaction")
-            if len(channel_ids) == 1:
-                return [error] * len(batch)
-            locked = await self._run(_LOCKED, (channel_ids,))
-            if not locked:  # it was another lock, of a row maybe
-                return await self._save_parts(batch, lambda _, message: message.channel_id, {})
-            return await self._save_parts(
-                batch, lambda *_: 0, {channel_id: error for (channel_id,) in locked}
-            )
+            return await self._save_unlocked(batch, channel_ids)
         except _ROW_REFUSALS as exc:
             if len(batch) == 1:
                 return [_explain_refusal(exc)]
-            return await self._save_parts(batch, lambda n, _: n * 2 // len(batch), {})
+            half = len(batch) // 2
+            return await self._save_parts(batch, [range(half), range(half, len(batch))], {})
         return _results(batch, rows, channel_ids)
 
-    async def _save_parts(
-        self,
-        batch: Sequence[NewMessage],
-        part_of: Callable[[int, NewMessage], int],
-        stopped: dict[int, ChatError],
+    async def _save_unlocked(
+        self, batch: Sequence[NewMessage], channel_ids: Sequence[int]
     ) -> list[SaveResult]:
-        """Store a batch that failed as a whole in smaller parts.
+        """Store what can be: somebody holds channels for long, and the others must not suffer."""
+        error: ChatError = ChannelLocked("the channel is locked by another transaction")
+        if len(channel_ids) == 1:
+            return [error] * len(batch)
+        try:
+            locked = await self._run(_LOCKED, (channel_ids,))
+        except Unavailable as exc:
+            raise Unavailable(str(exc)) from exc  # whatever was sent: nothing of the batch is stored
+        if locked:
+            stopped = {channel_id: error for (channel_id,) in locked}
+            return await self._save_parts(batch, [range(len(batch))], stopped)
+        # It was another lock, of a row maybe: by channel.
+        parts: dict[int, list[int]] = {}
+        for n, message in enumerate(batch):
+            parts.setdefault(message.channel_id, []).append(n)
+        return await self._save_parts(batch, parts.values(), {})
+
+    async def _save_parts(
+        self, batch: Sequence[NewMessage], parts: Iterable[Sequence[int]], stopped: dict[int, ChatError]
+    ) -> list[SaveResult]:
+        """Store a batch that failed as a whole in parts, given as indices.
 
         `stopped` has the channels for which it is not tried. A channel where a message has to be tried
         again is stopped, too: what follows it must not overtake it.
         """
-        parts: dict[int, list[int]] = {}
-        for n, message in enumerate(batch):
-            parts.setdefault(part_of(n, message), []).append(n)
         results: dict[int, SaveResult] = {}
-        for numbers in parts.values():
-            tried = [n for n in numbers if batch[n].channel_id not in stopped]
+        for part in parts:
+            tried = [n for n in part if batch[n].channel_id not in stopped]
             try:
                 saved = await self.save([batch[n] for n in tried]) if tried else []
             except Unavailable as exc:  # not of the parts before, which are committed
                 saved = [exc] * len(tried)
             results.update(zip(tried, saved, strict=True))
-            results.update((n, stopped[batch[n].channel_id]) for n in numbers if n not in results)
+            results.update((n, stopped[batch[n].channel_id]) for n in part if n not in results)
             for n, result in zip(tried, saved, strict=True):
                 if isinstance(result, ChannelLocked):
                     stopped[batch[n].channel_id] = result
@@ -194,9 +200,8 @@ class Saver:
         try:
             await self._watch.add(conn)
             cursor = await conn.cursor()
-            await cursor.execute("SELECT pg_get_serial_sequence('messages', 'id')")
-            (sequence,) = await cursor.fetchone()
-            await cursor.execute(_PREPARE, {"sequence": sequence})
+            ((sequence,),) = await run_query(cursor, "SELECT pg_get_serial_sequence('messages', 'id')", ())
+            await run_query(cursor, _PREPARE, {"sequence": sequence})
         except BaseException:
             conn.close()
             raise

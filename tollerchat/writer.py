@@ -52,7 +52,6 @@ class Commit(NamedTuple):
     batch: list[Submission]
     rooms: list[Room]  # which are not to read the log past it before its answer
     retry_delay: float = FIRST_RETRY_DELAY  # seconds
-    saving: asyncio.Task[list[SaveResult]] | None = None  # if it began before its turn
 
 
 class MessageWriter:
@@ -64,6 +63,7 @@ class MessageWriter:
         self._hub = hub
         self._waiting: deque[Submission] = deque()
         self._parked: dict[int, list[Submission]] = {}  # of channels that somebody else holds
+        self._parked_count = 0
         self._saving: asyncio.Task[list[SaveResult]] | None = None  # of a batch that began before its turn
         self._work = asyncio.Event()  # there is something to store
         self._idle = asyncio.Event()  # there is nothing to store, and nothing being stored
@@ -75,7 +75,7 @@ class MessageWriter:
         """Queue a message. Raises `Unavailable` where it cannot wait; else the sender is told in time."""
         if self._closed:
             raise Unavailable("the server is shutting down: send it again to another one")
-        if len(self._waiting) >= self._config.max_pending:
+        if len(self._waiting) + self._parked_count >= self._config.max_pending:
             raise Unavailable("too many messages wait for the database: send it again later")
         deadline = asyncio.get_running_loop().time() + self._config.store_timeout
         self._waiting.append(Submission(message, sender, deadline))
@@ -124,14 +124,14 @@ class MessageWriter:
 
     async def _finish(self, commit: Commit) -> Commit | None:
         """Wait for the database, and deal with its answers; returns what is on its way then."""
-        results = await (commit.saving or self._save(commit.batch))
+        saving, self._saving = self._saving, None
+        results = await (saving or self._save(commit.batch))
         following = None
         if self._may_overlap(commit, results):
             # The database works on the next batch while we deliver this one: half of what is under way each.
             limit = min(BATCH_MESSAGES, (len(commit.batch) + len(self._waiting) + 1) // 2)
             if (following := self._next(limit)) is not None:
                 self._saving = asyncio.create_task(self._save(following.batch))
-                following = following._replace(saving=self._saving)
                 await asyncio.sleep(0)  # has it sent
         started = time.monotonic()
         try:
@@ -139,7 +139,7 @@ class MessageWriter:
         except Exception:  # the rows may be stored: the log has them, and the writer must go on
             logger.exception("the answers to %d messages could not be dealt with", len(results))
             retry = []
-        if retry:
+        if retry:  # then nothing follows, see _may_overlap()
             await asyncio.sleep(commit.retry_delay)
             return Commit(retry, commit.rooms, min(commit.retry_delay * 2, LAST_RETRY_DELAY))
         self._hub.end_commit(commit.rooms)
@@ -188,9 +188,12 @@ class MessageWriter:
             self._parked[channel_id] = []
             asyncio.get_running_loop().call_later(LAST_RETRY_DELAY, self._unpark, channel_id)
         self._parked[channel_id].append(submission)
+        self._parked_count += 1
 
     def _unpark(self, channel_id: int) -> None:
-        self._waiting.extendleft(reversed(self._parked.pop(channel_id)))
+        parked = self._parked.pop(channel_id)
+        self._parked_count -= len(parked)
+        self._waiting.extendleft(reversed(parked))
         self._work.set()
 
     def _answer(self, batch: Sequence[Submission], results: Iterable[SaveResult]) -> list[Submission]:

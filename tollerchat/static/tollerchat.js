@@ -34,7 +34,7 @@ const MAX_DELAY_MS = 30_000;
 const TYPING_MS = 1_000;
 
 const TOKEN_EXPIRED = 4401;
-const FINAL_CODES = new Set([1008, 1009, TOKEN_EXPIRED, 4403, 4404]);
+const FINAL_CODES = new Set([1002, 1007, 1008, 1009, TOKEN_EXPIRED, 4403, 4404]);
 /** What an upgrade refused over HTTP means, in terms of close codes. Anything else is worth another try. */
 const REFUSALS = { unauthorized: TOKEN_EXPIRED, forbidden: 4403, not_found: 4404, bad_request: 4404 };
 const RETRY_ERRORS = new Set(["unavailable", "rate_limited"]);
@@ -297,6 +297,11 @@ export class TollerChat extends EventTarget {
 
   #ready({ user_id, last_message_id, gap }) {
     this.userId = user_id;
+    if (last_message_id < this.#cursor) {
+      // The newest messages were deleted, or all of them, and ids have started again.
+      this.#cursor = last_message_id;
+      this.#acked.clear();
+    }
     this.#advance(last_message_id);
     this.#timer("stable", () => (this.#reconnects = 0), STABLE_MS);
     this.#setState("online");

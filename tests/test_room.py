@@ -1,0 +1,136 @@
+"""What a room must not be misled by while it reads the log: moments too short for the tests with a database."""
+
+import asyncio
+
+import pytest
+
+from tests.support import WAIT
+from tollerchat.protocol import OutgoingMessage
+from tollerchat.room import Room
+from tollerchat.saving import Saved
+
+
+def message(message_id):
+    return OutgoingMessage(f"m{message_id}", 1, 1, message_id, "2026-01-01T00:00:00.000000Z")
+
+
+class Log:
+    """The messages of one channel; while `paused`, what was read is not answered yet."""
+
+    def __init__(self, *ids):
+        self.ids = list(ids)
+        self.readings = 0
+        self._goes_on = asyncio.Event()
+        self._goes_on.set()
+
+    def pause(self):
+        self._goes_on.clear()
+
+    def go_on(self):
+        self._goes_on.set()
+
+    async def load_last_messages(self, channel_id, until, limit):
+        return await self._answer([n for n in self.ids if n <= until][-limit:])
+
+    async def load_messages_after(self, channel_id, after, until, limit):
+        return await self._answer([n for n in self.ids if after < n <= until][:limit])
+
+    async def _answer(self, ids):
+        self.readings += 1
+        await self._goes_on.wait()
+        return [message(n) for n in ids]
+
+
+async def until(condition):
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    pytest.fail("the condition did not come true")
+
+
+async def joined(room):
+    """What somebody who joins now is sent."""
+    await asyncio.wait_for(room.load(), WAIT)
+    return [message_id for message_id, _ in room.since(room.history_cursor()).frames]
+
+
+async def test_message_deleted_while_it_is_read_is_not_kept():
+    log = Log(1, 2)
+    room = Room(1, log, 2)
+    assert await joined(room) == [1, 2]
+    log.ids += [3, 4]
+    log.pause()
+    room.hint(4)
+    await until(lambda: log.readings == 2)
+    log.ids.remove(3)
+    room.forget()
+    log.go_on()
+    await until(lambda: room.head == 4)
+    assert await joined(room) == [2, 4]
+
+
+async def test_message_whose_deletion_is_known_before_its_commit_is_not_kept():
+    log = Log(1)
+    room = Room(1, log, 2)
+    assert await joined(room) == [1]
+    room.begin_commit()
+    room.begin_commit()
+    room.forget()  # 2 is committed and deleted, but the answer is on its way
+    room.commit([Saved(message(2), repeated=False, previous=1)])
+    room.end_commit()
+    room.commit([Saved(message(3), repeated=False, previous=2)])
+    log.ids.append(3)
+    room.end_commit()
+    assert await joined(room) == [1, 3]
+
+
+async def test_hint_of_what_is_not_in_the_log_hides_nothing():
+    log = Log(1)
+    room = Room(1, log, 50)
+    assert await joined(room) == [1]
+    room.hint(10**30)
+    await until(lambda: log.readings == 2)
+    log.ids.append(2)
+    await room.reach(2)
+    assert await joined(room) == [1, 2]
+
+
+async def test_reach_does_not_wait_for_what_was_deleted():
+    log = Log(1)
+    room = Room(1, log, 50)
+    await room.load()
+    await asyncio.wait_for(room.reach(5), WAIT)
+    assert room.head == 1
+
+
+async def test_emptied_log_starts_again_whatever_is_being_read():
+    log = Log(*range(1, 100))
+    room = Room(1, log, 50)
+    await room.load()
+    log.ids += range(100, 120)
+    log.pause()
+    room.hint(119)
+    await until(lambda: log.readings == 2)
+    log.ids = [1, 2]
+    room.restart()
+    log.go_on()
+    assert await joined(room) == [1, 2]
+    await until(lambda: room._catching_up is None)
+    log.ids.append(3)
+    room.hint(3)
+    await until(lambda: room.head == 3)
+    assert await joined(room) == [1, 2, 3]
+
+
+async def test_closed_room_reads_no_more():
+    log = Log(1)
+    room = Room(1, log, 50)
+    await room.load()
+    room.begin_commit()
+    room.hint(10)
+    await room.close()
+    room.end_commit()
+    await asyncio.sleep(0)
+    assert log.readings == 1
+    assert len(asyncio.all_tasks()) == 1
