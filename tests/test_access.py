@@ -5,7 +5,7 @@ import asyncio
 import aiohttp
 import pytest
 
-from tests.support import Template, until
+from tests.support import WAIT, Template, until
 from tollerchat import bus
 from tollerchat.app import hub_key, repository_key
 
@@ -84,3 +84,25 @@ async def test_nothing_is_remembered_while_changes_are_not_told(server, queries,
     await until(lambda: not server.app[hub_key].access.remembers)
     database.execute("DELETE FROM channel_users WHERE user_id = 2")
     assert await refused(server, 2, 3) == 403
+
+
+async def test_access_withdrawn_while_one_joins_closes_with_4403(server, database, monkeypatch):
+    """The database had said yes."""
+    hub, repository = server.app[hub_key], server.app[repository_key]
+    await until(lambda: hub.access.remembers)
+    refusals, asked, go_on = repository.refusals, asyncio.Event(), asyncio.Event()
+
+    async def answer_late(pairs):
+        monkeypatch.setattr(repository, "refusals", refusals)
+        answer = await refusals(pairs)
+        asked.set()
+        await go_on.wait()
+        return answer
+
+    monkeypatch.setattr(repository, "refusals", answer_late)
+    joining = asyncio.ensure_future(server.connect(2, 3))
+    await asyncio.wait_for(asked.wait(), WAIT)
+    database.execute("DELETE FROM channel_users WHERE user_id = 2")
+    await until(lambda: all(client._refusal for client in hub.rooms[3].clients))
+    go_on.set()
+    assert await (await joining).closed() == 4403

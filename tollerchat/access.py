@@ -22,7 +22,7 @@ class Access:
     """
 
     def __init__(self, repository: Repository) -> None:
-        self.edition = 0  # counts what makes earlier answers stale
+        self._edition = 0  # counts what makes earlier answers stale
         self.remembers = False
         self._repository = repository
         self._known: set[Pair] = set()  # who may join
@@ -47,12 +47,12 @@ class Access:
     async def _ask(self, pairs: set[Pair]) -> dict[Pair, ChatError | None]:
         async with self._one_query:
             self._gathering = None
-            edition = self.edition
+            edition = self._edition
             try:
                 refusals = await self._repository.refusals(pairs)
             except Unavailable as exc:
                 return dict.fromkeys(pairs, exc)
-        if self.remembers and edition == self.edition:
+        if self.remembers and edition == self._edition:
             if len(self._known) > MAX_KNOWN:
                 self._known.clear()
             self._known.update(pair for pair in pairs if refusals[pair] is None)
@@ -60,5 +60,5 @@ class Access:
 
     def forget(self) -> None:
         """Somebody may have lost access."""
-        self.edition += 1
+        self._edition += 1
         self._known.clear()

@@ -107,8 +107,8 @@ class Client:
         Raises `Unavailable`.
         """
         self._room = room
+        await room.load()
         if after is None:
-            await room.load()  # again, without a wait if nothing was forgotten meanwhile
             self._cursor = room.history_cursor()
             return
         if after > room.head:  # the room may be behind the log

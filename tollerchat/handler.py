@@ -4,7 +4,7 @@ from aiohttp import hdrs, web
 
 from tollerchat.client import Client
 from tollerchat.config import Config
-from tollerchat.errors import ChatError, Unavailable
+from tollerchat.errors import ChatError
 from tollerchat.http import (
     authenticate,
     channel_id_of,
@@ -32,18 +32,14 @@ class ChatHandler:
         """Check the request and upgrade it. The connection lives on when this has returned."""
         try:
             headers = handshake(request)
-            if self._hub.draining:
-                raise Unavailable("the server is shutting down: connect again")
             identity = authenticate(request, self._config)
             channel_id = channel_id_of(request)
             after = message_id_of(request, "after")
             check_origin(request, self._config)
-            edition = self._hub.access.edition
-            await self._hub.access.check(channel_id, identity.user_id)
             v1 = hdrs.SEC_WEBSOCKET_PROTOCOL in headers
             client = Client(self._config, self._hub, self._writer, identity, channel_id, v1=v1)
             response = web.StreamResponse(status=101, headers=headers)
-            await self._upgrade(request, response, client, after, edition)
+            await self._upgrade(request, response, client, after)
         except ChatError as exc:
             return error_response(exc)
         except ConnectionError:
@@ -51,18 +47,12 @@ class ChatHandler:
         return response
 
     async def _upgrade(
-        self,
-        request: web.Request,
-        response: web.StreamResponse,
-        client: Client,
-        after: int | None,
-        edition: int,
+        self, request: web.Request, response: web.StreamResponse, client: Client, after: int | None
     ) -> None:
         try:
             room = await self._hub.register(client)
-            if edition != self._hub.access.edition:
-                # Somebody lost access after we looked, and before this client could be found.
-                await self._hub.access.check(client.channel_id, client.user_id)
+            # In this order: who loses access from now on is found in the room, and closed.
+            await self._hub.access.check(client.channel_id, client.user_id)
             await client.seek(room, after)
             await response.prepare(request)
             if request.transport is None:

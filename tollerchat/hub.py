@@ -44,10 +44,7 @@ class Hub:
     # -- membership --------------------------------------------------------------------------------
 
     async def register(self, client: Client) -> Room:
-        """Put a client into its room, which has its latest messages at hand then.
-
-        Raises `Unavailable`. Pair it with `unregister`, in a `finally`.
-        """
+        """Put a client into its room. Raises `Unavailable`. Pair it with `unregister`."""
         async with self._lock:
             if self.draining:
                 raise Unavailable("the server is shutting down: connect again")
@@ -57,8 +54,7 @@ class Hub:
                 self.rooms[client.channel_id] = room
                 self._empty.clear()
             room.clients.add(client)
-        await room.load()
-        return room
+            return room
 
     async def unregister(self, client: Client) -> None:
         """Take a client out of its room; harmless if it is not in one."""
