@@ -109,6 +109,10 @@ class WebSocket(asyncio.Protocol):
         """
         handler = request.protocol
         self.transport.set_protocol(self)
+        if (
+            handler.writing_paused
+        ):  # by answers to requests before this one; the transport tells that only once
+            self.pause_writing()
         handler.transport = None  # not to be closed by what follows
         handler.set_parser(self)  # type: ignore[arg-type]  # any object of this shape
         handler.connection_lost(None)
