@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import random
 import time
 
 import psycopg2
@@ -21,6 +22,7 @@ class Foreigner:
 
     def __init__(self, url, isolation_level=None):
         self._connection = psycopg2.connect(url)
+        self.execute = self._connection.cursor().execute
         self._connection.set_session(isolation_level=isolation_level)
         self.commit = self._connection.commit
         self.rollback = self._connection.rollback
@@ -242,11 +244,18 @@ async def test_channel_locked_by_another_program_delays_no_other_channel(server,
     assert kinds == ["message", "ack", "ack", "ack"]
 
 
-async def test_many_locked_channels_delay_the_others_no_more_than_one(server, database, foreigner):
-    """An import that takes long, say."""
-    database.execute("INSERT INTO channels (name) SELECT 'import' FROM generate_series(4, 40)")
-    for channel_id in range(4, 41):
-        foreigner.insert("imported", channel_id=channel_id)
+@pytest.mark.parametrize(
+    "lock",
+    [
+        "INSERT INTO messages (channel_id, user_id, content) SELECT n, 9, 'imported' FROM generate_series(4, 40) AS n",
+        "SELECT FROM channels WHERE id > 3 FOR UPDATE",
+        "SELECT FROM users WHERE id = 1 FOR UPDATE",
+    ],
+    ids=["import", "channels", "user"],
+)
+async def test_many_locked_channels_delay_the_others_little(server, database, foreigner, lock):
+    database.execute("INSERT INTO channels (name) SELECT 'busy' FROM generate_series(4, 40)")
+    foreigner.execute(lock)
     busy = [(await server.join(1, channel_id))[0] for channel_id in range(4, 41)]
     carol, _ = await server.join(3, 2)
     await asyncio.gather(*(client.send("waits", nonce="n") for client in busy))
@@ -257,7 +266,38 @@ async def test_many_locked_channels_delay_the_others_no_more_than_one(server, da
         assert time.monotonic() - start < 1.0
     foreigner.commit()
     for client in busy:
-        assert [(await client.receive())["type"] for _ in range(2)] == ["message", "ack"]
+        while (frame := await client.receive())["type"] == "message":
+            assert frame["content"] == "imported"
+        assert frame["type"] == "ack"
+
+
+async def test_message_that_an_index_cannot_take_is_refused_alone(server, database):
+    database.execute("CREATE INDEX ON messages (content)")
+    (alice, _), (carol, _) = await server.join(1, 1), await server.join(3, 1)
+    start = time.monotonic()
+    await asyncio.gather(
+        alice.send(random.Random(1).randbytes(3500).hex(), nonce="a"), carol.send("short", nonce="c")
+    )
+    frame = await alice.receive()
+    while frame["type"] == "message":
+        frame = await alice.receive()
+    assert (frame["code"], frame["nonce"]) == ("invalid_content", "a")
+    assert (await carol.receive())["type"] == "ack"
+    assert time.monotonic() - start < 2
+
+
+async def test_encoding_of_the_text_does_not_depend_on_the_databases_default(serve, config, database):
+    database.execute(
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET client_encoding = latin1', current_database()); END $$"
+    )
+    server = await serve(config)
+    alice, _ = await server.join(1)
+    bob, _ = await server.join(2)
+    await alice.send("€ 😀")
+    assert (await alice.receive())["type"] == "ack"
+    assert (await bob.receive())["content"] == "€ 😀"
+    _, history = await server.join(2)
+    assert history[0]["content"] == "€ 😀"
 
 
 async def test_batch_that_the_database_refuses_in_part_leaves_no_gap(server, database):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import time
 
@@ -145,6 +146,37 @@ async def test_stuck_clients_do_not_delay_the_shutdown_nor_the_others(process, s
         assert time.monotonic() - start < 1
         assert await in_thread(process.wait) == 0
         assert time.monotonic() - start < 4.5
+
+
+async def test_shutdown_answers_what_waits_for_a_database_that_hangs(database, session):
+    settings = {"shutdown_timeout": 5, "db_timeout": 1.5, "store_timeout": 8}
+    async with running(database.url, **settings) as process, connect(session, process, 1) as socket:
+        await socket.send_json({"type": "message", "content": "connects"})
+        while (await socket.receive_json(timeout=WAIT))["type"] != "ack":
+            pass
+        backends = database.execute(
+            "SELECT pid FROM pg_stat_activity WHERE application_name = 'tollerchat' AND datname = current_database()"
+        )
+        for (pid,) in backends:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            for n in range(5):
+                await socket.send_json({"type": "message", "content": "never", "nonce": f"n{n}"})
+            await socket.send_json({"type": "unknown"})
+            while (await socket.receive_json(timeout=WAIT))["type"] != "error":
+                pass
+            process.signal(signal.SIGTERM)
+            frames = []
+            while (message := await socket.receive(timeout=WAIT)).type is aiohttp.WSMsgType.TEXT:
+                frames.append(json.loads(message.data))
+            assert [(frame["code"], frame["nonce"]) for frame in frames] == [
+                ("unavailable", f"n{n}") for n in range(5)
+            ]
+            assert socket.close_code == 1001
+            assert await in_thread(process.wait) == 0
+        finally:
+            for (pid,) in backends:
+                os.kill(pid, signal.SIGCONT)
 
 
 @pytest.mark.parametrize(

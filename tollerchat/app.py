@@ -136,10 +136,11 @@ async def drain(app: web.Application) -> None:
         return
     hub.draining = True
     try:
-        await asyncio.wait_for(app[writer_key].flush(timeout / 3), timeout / 2)
+        # What is tried last may take the database's time.
+        await asyncio.wait_for(app[writer_key].flush(0.3 * timeout), 0.6 * timeout)
     except asyncio.TimeoutError:
         logger.error("shutting down with messages that could not be stored: their senders have no ack")
-    await hub.close_all(timeout / 2)
+    await hub.close_all(0.4 * timeout)
 
 
 async def health(request: web.Request) -> web.StreamResponse:

@@ -34,6 +34,7 @@ logger = logging.getLogger("tollerchat.database")
 FAILURES = (psycopg2.Error, OSError, asyncio.TimeoutError, AssertionError, RuntimeError)
 
 OPTIONS: Any = {
+    "client_encoding": "utf8",
     # psycopg2's extra types would cost a query on each connect.
     "enable_json": False,
     "enable_hstore": False,

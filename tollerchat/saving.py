@@ -33,6 +33,7 @@ LOCK_KEY = 0x746F6C6C
 # One round trip for a batch, and one transaction: first the locks, in sorted order; then, in a statement
 # of its own so that its snapshot has all that was committed under those locks, the rows.
 _SAVE = "EXECUTE tollerchat_lock (%s); EXECUTE tollerchat_save (%s, %s)"
+_SAVE_AT_ONCE = "SET LOCAL lock_timeout = '5ms'; " + _SAVE
 
 _LOCKED = f"""
     SELECT channel_id FROM unnest(%s::int[]) AS asked (channel_id)
@@ -75,9 +76,9 @@ _PREPARE = f"""
             FROM unnest($2) WITH ORDINALITY AS asked (channel_id, place) ORDER BY place) END
     FROM incoming ORDER BY n"""
 
-# What the server may say about single rows of a batch: a foreign key, a check, a trigger, an encoding.
-_ROW_REFUSALS = (psycopg2.DataError, psycopg2.IntegrityError, psycopg2.errors.RaiseException)
-_REFUSALS = (*_ROW_REFUSALS, psycopg2.errors.LockNotAvailable)
+# Classes of errors that may be about single rows of a batch: data, constraints, routines, views, limits, triggers
+# (PostgreSQL's manual, appendix A).
+_ROW_ERRORS = ("22", "23", "38", "39", "44", "54", "P0")
 
 
 class NewMessage(msgspec.Struct, gc=False):
@@ -114,7 +115,7 @@ class Saver:
         if self._connection is not None:
             self._connection.close()
 
-    async def save(self, batch: Sequence[NewMessage]) -> list[SaveResult]:
+    async def save(self, batch: Sequence[NewMessage], sql: str = _SAVE) -> list[SaveResult]:
         """Store a batch in one transaction, and return one result per message, in order.
 
         A message that cannot be stored gets its error and leaves the others alone. A nonce that was
@@ -125,14 +126,14 @@ class Saver:
         payload = msgspec.json.encode(batch).decode()
         array = "{" + ",".join(map(str, channel_ids)) + "}"  # psycopg2 would adapt each number by itself
         try:
-            rows = await self._run(_SAVE, (array, payload, array))
+            rows = await self._run(sql, (array, payload, array))
         except psycopg2.errors.LockNotAvailable:
             return await self._save_unlocked(batch, channel_ids)
-        except _ROW_REFUSALS as exc:
+        except psycopg2.Error as exc:
             if len(batch) == 1:
                 return [_explain_refusal(exc)]
             half = len(batch) // 2
-            return await self._save_parts(batch, [range(half), range(half, len(batch))], {})
+            return await self._save_parts(batch, [range(half), range(half, len(batch))], {}, sql)
         return _results(batch, rows, channel_ids)
 
     async def _save_unlocked(
@@ -148,15 +149,19 @@ class Saver:
             raise Unavailable(str(exc)) from exc  # whatever was sent: nothing of the batch is stored
         if locked:
             stopped = {channel_id: error for (channel_id,) in locked}
-            return await self._save_parts(batch, [range(len(batch))], stopped)
-        # It was another lock, of a row maybe: by channel.
+            return await self._save_parts(batch, [range(len(batch))], stopped, _SAVE)
+        # It was another lock, of a row maybe: by channel, without waiting so long again for each.
         parts: dict[int, list[int]] = {}
         for n, message in enumerate(batch):
             parts.setdefault(message.channel_id, []).append(n)
-        return await self._save_parts(batch, parts.values(), {})
+        return await self._save_parts(batch, parts.values(), {}, _SAVE_AT_ONCE)
 
     async def _save_parts(
-        self, batch: Sequence[NewMessage], parts: Iterable[Sequence[int]], stopped: dict[int, ChatError]
+        self,
+        batch: Sequence[NewMessage],
+        parts: Iterable[Sequence[int]],
+        stopped: dict[int, ChatError],
+        sql: str,
     ) -> list[SaveResult]:
         """Store a batch that failed as a whole in parts, given as indices.
 
@@ -167,7 +172,7 @@ class Saver:
         for part in parts:
             tried = [n for n in part if batch[n].channel_id not in stopped]
             try:
-                saved = await self.save([batch[n] for n in tried]) if tried else []
+                saved = await self.save([batch[n] for n in tried], sql) if tried else []
             except Unavailable as exc:  # not of the parts before, which are committed
                 saved = [exc] * len(tried)
             results.update(zip(tried, saved, strict=True))
@@ -180,7 +185,7 @@ class Saver:
         return [results[n] for n in range(len(batch))]
 
     async def _run(self, sql: str, parameters: Any) -> list[tuple[Any, ...]]:
-        """Run a query on the connection that is kept for writing; raises some of `_REFUSALS` as they are."""
+        """Run a query. Raises `psycopg2.Error` if it is about rows or a lock, else `Unavailable`."""
         async with self._busy:
             try:
                 if self._connection is None or self._connection.closed:
@@ -188,8 +193,10 @@ class Saver:
                     self._connection = await self._connect()
                 return await run_query(self._cursor, sql, parameters)
             except FAILURES as exc:
-                if isinstance(exc, _REFUSALS) and has_answered(self._connection, exc):
-                    raise
+                if isinstance(exc, psycopg2.Error) and has_answered(self._connection, exc):
+                    of_rows = exc.pgcode[:2] in _ROW_ERRORS
+                    if of_rows or isinstance(exc, psycopg2.errors.LockNotAvailable):
+                        raise
                 unavailable = explain(exc, self._connection)
                 if self._connection is not None:
                     self._connection.close()  # whatever its state is, and that of the prepared statement

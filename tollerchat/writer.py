@@ -69,7 +69,7 @@ class MessageWriter:
         self._idle = asyncio.Event()  # there is nothing to store, and nothing being stored
         self._idle.set()
         self._closed = False
-        self._last_retry = float("inf")  # loop time after which nothing is tried again
+        self._last_try = float("inf")  # loop time after which nothing is tried any more
 
     def submit(self, message: NewMessage, sender: Sender) -> None:
         """Queue a message. Raises `Unavailable` where it cannot wait; else the sender is told in time."""
@@ -85,10 +85,10 @@ class MessageWriter:
     async def flush(self, timeout: float) -> None:
         """Take nothing more, and wait until all that was taken has its answer.
 
-        After `timeout` seconds nothing is tried again: the answer is `Unavailable` then.
+        After `timeout` seconds nothing is tried any more: the answer is `Unavailable` then.
         """
         self._closed = True
-        self._last_retry = asyncio.get_running_loop().time() + timeout
+        self._last_try = asyncio.get_running_loop().time() + timeout
         await self._idle.wait()
 
     async def run(self) -> None:
@@ -113,6 +113,8 @@ class MessageWriter:
 
     async def _save(self, batch: list[Submission]) -> list[SaveResult]:
         messages = [submission.message for submission in batch]
+        if asyncio.get_running_loop().time() >= self._last_try:
+            return [Unavailable("the server is shutting down: send it again to another one")] * len(messages)
         try:
             return await self._repository.save_messages(messages)
         except Unavailable as exc:
@@ -234,7 +236,7 @@ class MessageWriter:
 
     def _may_retry(self, submission: Submission, error: ChatError) -> bool:
         """Whether another try is in time, and cannot store the message twice."""
-        deadline = min(submission.deadline, self._last_retry)
+        deadline = min(submission.deadline, self._last_try)
         if not isinstance(error, Unavailable) or asyncio.get_running_loop().time() >= deadline:
             return False
         # Where an answer was lost, only a nonce can tell whether the message is stored.
