@@ -106,7 +106,8 @@ async def test_head_is_not_answered(server):
 
 async def test_foreign_origin_is_forbidden_and_the_own_one_is_not(server):
     assert (await refusal(server, "/ws/channel/1", Origin="https://evil.example"))[:2] == (403, "forbidden")
-    assert (await refusal(server, "/ws/channel/1", Origin="null"))[:2] == (403, "forbidden")
+    for origin in ("null", "http://[", "http://]:80", ""):
+        assert (await refusal(server, "/ws/channel/1", Origin=origin))[:2] == (403, "forbidden")
     friend = await server.connect(1, origin=server.url)
     assert await friend.settled() == []
 

@@ -1,22 +1,99 @@
-"""What a `WebSocket` finds where it takes a connection over: moments that real sockets rarely have."""
+"""What a `WebSocket` must cope with, in moments that real sockets rarely have."""
 
+import asyncio
 import socket
 from unittest import mock
 
 import pytest
 
+from tests.raw_client import client_frame
 from tollerchat.websocket import BUFFER_LIMIT, WebSocket
+
+CLOSE_1000 = b"\x88\x82\0\0\0\0\x03\xe8"
+
+
+class Listener:
+    """Whose connection it is, and what it is told."""
+
+    def __init__(self):
+        self.websocket = None
+        self.heard = []
+
+    def read_pump(self):
+        self.websocket.parse()
+
+    def received(self, text):
+        self.heard.append(text)
+
+    def drained(self):
+        pass
+
+    def closing(self):
+        pass
+
+    def lost(self):
+        self.heard.append("lost")
+
+
+@pytest.fixture
+def transport():
+    with socket.socket() as sock:
+        yield mock.Mock(
+            get_write_buffer_size=lambda: BUFFER_LIMIT + 1,
+            get_extra_info=lambda name: sock,
+            is_closing=lambda: False,
+        )
+
+
+@pytest.fixture
+async def listener(transport):
+    listener = Listener()
+    listener.websocket = WebSocket(transport, listener, 8192)
+    return listener
+
+
+async def turns(count=10):
+    for _ in range(count):
+        await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("paused", [True, False])
-async def test_full_buffer_is_taken_over_as_such(paused):
+async def test_full_buffer_is_taken_over_as_such(listener, paused):
     """Answers to requests before the upgrade fill it, and the transport tells only once that it is full."""
-    with socket.socket() as sock:
-        transport = mock.Mock(
-            get_write_buffer_size=lambda: BUFFER_LIMIT + 1, get_extra_info=lambda name: sock
-        )
-        request = mock.Mock(protocol=mock.Mock(writing_paused=paused))
-        websocket = WebSocket(transport, mock.Mock(), 8192)
-        websocket.take_over(request)
-        assert websocket.full is paused
-        assert websocket.is_stuck(websocket.heard_at + 10, 10) is paused
+    websocket = listener.websocket
+    websocket.take_over(mock.Mock(protocol=mock.Mock(writing_paused=paused)))
+    assert websocket.full is paused
+    assert websocket.is_stuck(asyncio.get_running_loop().time() + 10, 10) is paused
+
+
+@pytest.mark.parametrize("told", ["end and loss", "loss"])
+async def test_what_came_before_the_end_is_heard(listener, told):
+    """With TLS, the end may be told before all that came ahead of it is parsed."""
+    texts = [letter * 3000 for letter in "abcd"]
+    listener.websocket.data_received(b"".join(client_frame(text.encode()) for text in texts))
+    if told == "end and loss":
+        listener.websocket.eof_received()
+    listener.websocket.connection_lost(None)
+    assert listener.heard == ["a" * 3000]
+    await turns()
+    assert listener.heard == [*texts, "lost"]
+
+
+async def test_nothing_is_heard_behind_a_close_frame(listener, transport):
+    listener.websocket.data_received(
+        client_frame(b"before") + CLOSE_1000 + client_frame(b"behind") + CLOSE_1000
+    )
+    await turns()
+    assert listener.heard == ["before"]
+    transport.close.assert_called_once_with()  # asyncio's TLS forgets the connection at the second call
+    assert [call.args for call in transport.write.call_args_list] == [(b"\x88\x02\x03\xe8",)]
+    listener.websocket.connection_lost(None)
+    assert listener.heard == ["before", "lost"]
+
+
+async def test_nothing_is_heard_after_we_closed(listener):
+    listener.websocket.close(1001, "bye")
+    listener.websocket.data_received(client_frame(b"behind") * 2000)
+    listener.websocket.connection_lost(None)
+    await turns()
+    assert listener.heard == ["lost"]

@@ -66,8 +66,11 @@ class WebSocket(asyncio.Protocol):
     __slots__ = (
         "_abort_timer",
         "_closing",
+        "_deaf",
+        "_hung_up",
         "_listener",
         "_loop",
+        "_lost",
         "_pending",
         "_progress_at",
         "_reader",
@@ -86,7 +89,10 @@ class WebSocket(asyncio.Protocol):
         self.full = False  # the peer reads too slowly
         self.heard_at = self._loop.time()  # when anything came from the peer
         self._listener = listener
-        self._closing = False  # our close frame was sent, or the connection is gone
+        self._closing = False  # nothing can be written any more
+        self._deaf = False  # what the peer sends does not count any more: one of us has sent a close frame
+        self._hung_up = False  # the peer has
+        self._lost = False  # the connection is gone
         self._abort_timer: asyncio.TimerHandle | None = None
         self.held: list[bytes] | None = None  # what is written between hold() and release()
         self._unparsed = b""
@@ -152,6 +158,8 @@ class WebSocket(asyncio.Protocol):
             self.release()
         if self._unparsed:
             self.read_on()
+        elif self._lost:
+            self._end()
         elif self.paused and not self.transport.is_closing():
             self.paused = False
             self.heard_at = self._loop.time()  # nothing could be heard meanwhile
@@ -169,8 +177,9 @@ class WebSocket(asyncio.Protocol):
     def _parsed(self, frame: WSMessage) -> None:
         kind = frame.type
         if kind is WSMsgType.CLOSE:
-            self._close_received(frame.data)
-        elif self._closing or kind is WSMsgType.PONG:
+            if not self._hung_up:
+                self._close_received(frame.data)
+        elif self._deaf or kind is WSMsgType.PONG:
             pass
         elif kind is WSMsgType.TEXT:
             self._listener.received(frame.data)
@@ -180,6 +189,7 @@ class WebSocket(asyncio.Protocol):
             self._listener.received_binary()
 
     def _close_received(self, code: int) -> None:
+        self._hung_up = self._deaf = True
         if not self._closing:
             may_be_sent = code != WSCloseCode.ABNORMAL_CLOSURE and code < 5000  # RFC 6455, section 7.4
             self.close(code if may_be_sent else WSCloseCode.PROTOCOL_ERROR, "")
@@ -227,6 +237,7 @@ class WebSocket(asyncio.Protocol):
 
     def close(self, code: int, reason: str) -> None:
         """Start the closing handshake; the first caller decides the code. If it takes long, abort."""
+        self._deaf = True
         if not self._closing:
             self.release()
             self.write(close_frame(code, reason))
@@ -268,10 +279,19 @@ class WebSocket(asyncio.Protocol):
         self._listener.drained()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._closing = True
+        self._closing = self._lost = True
+        self._listener.closing()
         if self._abort_timer is not None:
             self._abort_timer.cancel()
-        self._unparsed = b""
+        if self._deaf:
+            self._unparsed = b""
+        if not self._unparsed:
+            self._end()
+        else:  # TLS tells of the end before all that came ahead of it is parsed
+            self.read_on()
+
+    def _end(self) -> None:
+        self._lost = False  # so that it is told once
         del self._reader  # which refers to us: without a cycle, memory is free at once
         self._listener.lost()
 
