@@ -169,7 +169,7 @@ def stored(bench: Bench) -> Figure:
 
 def latency(bench: Bench) -> Figure:
     """Delivery times at 50 messages a second to 200 clients."""
-    count, rate, messages = 200, 50, 100
+    count, rate, messages = 200, 50, 250
     figure = Figure("latency", "50 messages a second to 200 clients", "ms from send to delivery")
     p99: dict[str, list[float]] = {"tollerchat": [], "obvious": []}
 
