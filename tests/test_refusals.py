@@ -99,6 +99,24 @@ async def test_handshake_of_http_1_0_is_a_bad_request(server):
     assert b"HTTP/1.1" in answer.partition(b"\r\n\r\n")[2]
 
 
+async def test_headers_may_be_on_several_lines(server):
+    """RFC 6455, section 11.3.4."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    headers = [
+        *UPGRADE.items(),
+        ("Connection", "keep-alive"),
+        ("Host", "x"),
+        ("Sec-WebSocket-Protocol", "chat"),
+    ]
+    headers += [("Sec-WebSocket-Protocol", protocol) for protocol in (f"bearer.{token()}", "tollerchat.v1")]
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
+    writer.write(f"GET /ws/channel/1 HTTP/1.1\r\n{lines}\r\n".encode())
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), WAIT)
+    writer.close()
+    assert head.split()[1] == b"101"
+    assert b"Sec-WebSocket-Protocol: tollerchat.v1\r\n" in head
+
+
 async def test_head_is_not_answered(server):
     async with server.session.head(f"{server.url}/ws/channel/1?token={token()}", headers=UPGRADE) as answer:
         assert answer.status == 405

@@ -82,7 +82,7 @@ def handshake(request: web.Request) -> dict[str, str]:
     headers = request.headers
     if headers.get(hdrs.UPGRADE, "").strip().lower() != "websocket":
         raise UpgradeRequired("this is a WebSocket route: connect with ws:// or wss://")
-    if "upgrade" not in _tokens(headers.get(hdrs.CONNECTION, "").lower()):
+    if "upgrade" not in [token.lower() for token in _tokens(request, hdrs.CONNECTION)]:
         raise BadRequest("not a valid WebSocket handshake: it needs Connection: Upgrade")
     if request.version < HttpVersion11:
         raise BadRequest("not a valid WebSocket handshake: it needs HTTP/1.1")
@@ -112,11 +112,12 @@ def handshake(request: web.Request) -> dict[str, str]:
 
 
 def _offered_protocols(request: web.Request) -> list[str]:
-    return _tokens(request.headers.get(hdrs.SEC_WEBSOCKET_PROTOCOL, ""))
+    return _tokens(request, hdrs.SEC_WEBSOCKET_PROTOCOL)
 
 
-def _tokens(header: str) -> list[str]:
-    return [token.strip() for token in header.split(",")]
+def _tokens(request: web.Request, name: str) -> list[str]:
+    """What a header lists, which may be on several lines (RFC 9110, section 5.3)."""
+    return [token.strip() for line in request.headers.getall(name, ()) for token in line.split(",")]
 
 
 def check_origin(request: web.Request, config: Config) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import struct
 import sys
 from typing import Any, Final, Protocol
 
@@ -17,19 +16,12 @@ from tollerchat.protocol import CloseCode, close_frame, pong_frame
 
 __all__ = ("BUFFER_LIMIT", "CLOSE_TIMEOUT", "WebSocket")
 
-if sys.platform == "linux":
-    import fcntl
-    import termios
-
-    _SIOCOUTQ: Final[int | None] = termios.TIOCOUTQ  # tcp(7): the same number
-else:
-    _SIOCOUTQ = None
-
 logger = logging.getLogger("tollerchat.websocket")
 
 # Bytes that may wait in a connection's buffer; beyond, it is full until a quarter of them is left.
 BUFFER_LIMIT: Final = 64 * 1024
 SEND_BUFFER: Final = 128 * 1024  # bytes in the kernel, for one connection
+BYTES_ACKED: Final = slice(120, 128)  # of struct tcp_info, since Linux 4.1 (linux/tcp.h)
 CLOSE_TIMEOUT: Final = 2.0  # seconds for the closing handshake; then the connection is aborted
 SLICE: Final = 4096  # bytes parsed at a time: bounds how far a busy listener is overrun
 
@@ -71,9 +63,9 @@ class WebSocket(asyncio.Protocol):
         "_listener",
         "_loop",
         "_lost",
-        "_pending",
         "_progress_at",
         "_reader",
+        "_taken",
         "_turn",
         "_unparsed",
         "full",
@@ -98,8 +90,8 @@ class WebSocket(asyncio.Protocol):
         self._unparsed = b""
         self._turn: asyncio.Handle | None = None  # the next call of read_pump
         self.paused = True  # not reading; aiohttp may have paused it, so it is resumed in any case
-        self._progress_at = 0.0  # when a full buffer last became smaller
-        self._pending = 0  # bytes it held then
+        self._progress_at = 0.0  # when the peer was last seen to read, while the buffer is full
+        self._taken = 0  # what _bytes_taken() said then
         frames = _Frames(self, self._loop)
         # aiohttp refuses messages of exactly its limit.
         self._reader = WebSocketReader(frames, max_size + 1, compress=False, decode_text=True)
@@ -255,23 +247,29 @@ class WebSocket(asyncio.Protocol):
         """Whether the peer, at loop time `now`, has read nothing for `timeout` seconds. Ask regularly."""
         if not self.full:
             return False
-        pending = self._unread()
-        if pending < self._pending:
-            self._progress_at = now
-        self._pending = pending
+        if (taken := self._bytes_taken()) > self._taken:
+            self._taken, self._progress_at = taken, now
         return now - self._progress_at >= timeout
 
-    def _unread(self) -> int:
-        """Bytes that the peer's kernel has not taken yet, as far as ours tells."""
-        pending = self.transport.get_write_buffer_size()
-        if _SIOCOUTQ is not None:
-            descriptor = self.transport.get_extra_info("socket").fileno()
-            pending += struct.unpack("i", fcntl.ioctl(descriptor, _SIOCOUTQ, bytes(4)))[0]
-        return pending
+    def _bytes_taken(self) -> int:
+        """A count of what the peer's kernel has taken.
+
+        Our buffers alone would not tell: the kernel takes from them in steps of tens of KB.
+        """
+        if sys.platform == "linux":
+            try:
+                sock = self.transport.get_extra_info("socket")
+                info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_ACKED.stop)
+            except OSError:  # a Unix socket
+                pass
+            else:
+                if len(info) == BYTES_ACKED.stop:
+                    return int.from_bytes(info[BYTES_ACKED], sys.byteorder)
+        return -self.transport.get_write_buffer_size()
 
     def pause_writing(self) -> None:
         self.full = True
-        self._pending, self._progress_at = self._unread(), self._loop.time()
+        self._taken, self._progress_at = self._bytes_taken(), self._loop.time()
 
     def resume_writing(self) -> None:
         self.full = False
