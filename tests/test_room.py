@@ -37,6 +37,7 @@ class Log:
 
     async def _answer(self, ids):
         self.readings += 1
+        await asyncio.sleep(0)
         await self._goes_on.wait()
         return [message(n) for n in ids]
 
@@ -134,3 +135,44 @@ async def test_closed_room_reads_no_more():
     await asyncio.sleep(0)
     assert log.readings == 1
     assert len(asyncio.all_tasks()) == 1
+
+
+async def test_commits_that_overlap_do_not_keep_what_one_deletion_spoilt():
+    log = Log(*range(1, 11))
+    room = Room(1, log, 2)
+    await room.load()
+    room.begin_commit()
+    room.forget()
+    for message_id in range(11, 20):
+        room.begin_commit()  # the next one, before the last one has ended
+        room.commit([Saved(message(message_id), repeated=False, previous=message_id - 1)])
+        log.ids.append(message_id)
+        room.end_commit()
+    assert await joined(room) == [18, 19]
+    assert log.readings == 1
+
+
+async def test_stream_of_changes_does_not_stop_what_goes_live():
+    log = Log(1)
+    room = Room(1, log, 50)
+    await room.load()
+    log.ids += range(2, 200)
+    room.hint(199)
+    for _ in range(1000):
+        room.forget()
+        await asyncio.sleep(0)
+    assert room.head == 199
+
+
+async def test_hint_of_what_is_not_in_the_log_is_read_for_once():
+    log = Log(1)
+    room = Room(1, log, 50)
+    await room.load()
+    room.hint(10**30)
+    await until(lambda: log.readings == 2 and room._catching_up is None)
+    for message_id in (2, 3, 4):
+        room.begin_commit()
+        room.commit([Saved(message(message_id), repeated=False, previous=message_id - 1)])
+        room.end_commit()
+        await asyncio.sleep(0)
+    assert log.readings == 2

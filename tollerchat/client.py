@@ -130,7 +130,7 @@ class Client:
         self._next_ping = self._loop.time() + random.uniform(0.5, 1.0) * self._config.ping_interval
         if self._refusal is not None:
             self.close(*self._refusal)
-        if not websocket.closing and (page := self._room.since(self._cursor)) is not None:
+        if not (websocket.closing or websocket.full) and (page := self._room.since(self._cursor)) is not None:
             websocket.hold()
             self._send(page)
             self._go_live()

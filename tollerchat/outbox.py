@@ -92,7 +92,9 @@ class Outbox:
             return
         now = time.monotonic()
         for message in messages:  # without a nonce, the content has to do
-            for each in self._nameless if message.user_id == self.user_id else ():
+            if message.user_id != self.user_id or message.message_id in self.own:
+                continue
+            for each in self._nameless:
                 if each[0] == message.content and now < each[1]:
                     self._nameless.remove(each)
                     self.own.add(message.message_id)

@@ -68,10 +68,12 @@ class Room:
         self._progress: asyncio.Future[None] | None = None  # for those who wait in reach()
         self._commits_in_flight = 0
         self._commits_ended = 0
-        self._spoilt = False  # something was forgotten while a commit was in flight
+        self._spoilt_until = 0  # the last commit that was in flight when something was forgotten
+        self._generation = 0  # counts restarts
         self._heard = 0  # the newest id announced by anybody
         self._target = 0  # the newest id that the room may read from the log
-        self._read_to = 0  # how far it has done so, whether or not there was something
+        self._readings = 0  # how often it began to
+        self._read_to = (0, 0)  # which reading found nothing up to which id
 
     # -- starting and ending -----------------------------------------------------------------------
 
@@ -121,8 +123,8 @@ class Room:
         """The answer has been dealt with."""
         self._commits_in_flight -= 1
         self._commits_ended += 1
-        if self._spoilt:
-            self.forget()
+        if self._commits_ended <= self._spoilt_until:
+            self._drop()  # what was forgotten may be in it
         self._pursue()
         self._tell_progress()
 
@@ -146,15 +148,19 @@ class Room:
 
     def forget(self) -> None:
         """Messages were deleted or changed: do not send the old ones from memory."""
+        self._spoilt_until = self._commits_ended + self._commits_in_flight
+        self._drop()
+
+    def _drop(self) -> None:
         self._edition += 1
-        self._spoilt = self._commits_in_flight > 0  # it may have been of what they will tell
         self._forget_recent()
         self._floor = self.head
 
     def restart(self) -> None:
         """The log was emptied, and its ids may start again; all who are in the room are being closed."""
         self._loaded = False
-        self.head = self._heard = self._target = self._read_to = 0
+        self._generation += 1
+        self.head = self._heard = self._target = 0
         self.forget()
 
     async def reach(self, message_id: int) -> None:
@@ -165,12 +171,14 @@ class Room:
         loop = asyncio.get_running_loop()
         end = loop.time() + REACH_TIMEOUT
         commits = self._commits_ended + self._commits_in_flight  # they end in their order
-        self.hint(message_id)
-        while (
-            max(self.head, self._read_to) < message_id
-            or self._catching_up is not None
-            or self._commits_ended < commits
-        ):
+        before = self._readings  # earlier ones may be from before the log had the message
+        while True:
+            reading, read_to = self._read_to
+            if self.head >= message_id or (reading > before and read_to >= message_id):
+                if self._catching_up is None and self._commits_ended >= commits:
+                    return
+            else:
+                self.hint(message_id)
             if self._progress is None:
                 self._progress = loop.create_future()
             try:
@@ -189,7 +197,8 @@ class Room:
     async def _catch_up(self) -> None:
         try:
             while self.head < self._target:
-                target, edition = self._target, self._edition
+                target, edition, generation = self._target, self._edition, self._generation
+                self._readings += 1
                 try:
                     messages = await self._repository.load_messages_after(
                         self.channel_id, self.head, target, PAGE_SIZE
@@ -199,12 +208,16 @@ class Room:
                     logger.warning("channel %d cannot catch up yet: %s", self.channel_id, exc)
                     await asyncio.sleep(RETRY_DELAY)
                     continue
-                if edition != self._edition:
-                    continue  # what was read may have been deleted meanwhile
+                if generation != self._generation:
+                    continue  # it is of a log that is gone
                 self._extend(messages)
+                if edition != self._edition:
+                    self._drop()  # what was read may have been deleted meanwhile: it was sent, but is not kept
                 if len(messages) < PAGE_SIZE and target == self._target:
                     # The rest was deleted before we read it, or somebody told of what never was.
-                    self._read_to, self._target = target, self.head
+                    self._read_to, self._target = (self._readings, target), self.head
+                    if self._heard <= target:
+                        self._heard = self.head
         finally:
             self._catching_up = None
             self._tell_progress()

@@ -165,23 +165,24 @@ class Saver:
     ) -> list[SaveResult]:
         """Store a batch that failed as a whole in parts, given as indices.
 
-        `stopped` has the channels for which it is not tried. A channel where a message has to be tried
-        again is stopped, too: what follows it must not overtake it.
+        `stopped` has the channels for which it is not tried. A channel that turns out to be locked is
+        stopped, too: what follows must not overtake. Without a database, all of them are.
         """
         results: dict[int, SaveResult] = {}
+        down: ChatError | None = None
         for part in parts:
-            tried = [n for n in part if batch[n].channel_id not in stopped]
+            tried = [n for n in part if down is None and batch[n].channel_id not in stopped]
             try:
                 saved = await self.save([batch[n] for n in tried], sql) if tried else []
             except Unavailable as exc:  # not of the parts before, which are committed
                 saved = [exc] * len(tried)
             results.update(zip(tried, saved, strict=True))
-            results.update((n, stopped[batch[n].channel_id]) for n in part if n not in results)
+            results.update((n, down or stopped[batch[n].channel_id]) for n in part if n not in results)
             for n, result in zip(tried, saved, strict=True):
                 if isinstance(result, ChannelLocked):
                     stopped[batch[n].channel_id] = result
                 elif isinstance(result, Unavailable):
-                    stopped[batch[n].channel_id] = Unavailable(str(result))  # the rest was not sent
+                    down = Unavailable(str(result))  # the rest was not sent
         return [results[n] for n in range(len(batch))]
 
     async def _run(self, sql: str, parameters: Any) -> list[tuple[Any, ...]]:

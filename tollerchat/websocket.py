@@ -185,7 +185,8 @@ class WebSocket(asyncio.Protocol):
         if not self._closing:
             may_be_sent = code != WSCloseCode.ABNORMAL_CLOSURE and code < 5000  # RFC 6455, section 7.4
             self.close(code if may_be_sent else WSCloseCode.PROTOCOL_ERROR, "")
-        self.transport.close()  # what is in the buffer still goes out
+        if not self.transport.is_closing():  # asyncio's TLS forgets the connection at the second call
+            self.transport.close()  # what is in the buffer still goes out
 
     def _failed(self, error: BaseException) -> None:
         """The frame could not be parsed, or not be dealt with: nothing more will be."""
@@ -260,7 +261,7 @@ class WebSocket(asyncio.Protocol):
             try:
                 sock = self.transport.get_extra_info("socket")
                 info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_ACKED.stop)
-            except OSError:  # a Unix socket
+            except (OSError, ValueError):  # a Unix socket, or one that is closed
                 pass
             else:
                 if len(info) == BYTES_ACKED.stop:
