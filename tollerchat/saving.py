@@ -169,7 +169,7 @@ class Saver:
         stopped, too: what follows must not overtake. Without a database, all of them are.
         """
         results: dict[int, SaveResult] = {}
-        down: ChatError | None = None
+        down: Unavailable | None = None
         for part in parts:
             tried = [n for n in part if down is None and batch[n].channel_id not in stopped]
             try:
@@ -177,7 +177,12 @@ class Saver:
             except Unavailable as exc:  # not of the parts before, which are committed
                 saved = [exc] * len(tried)
             results.update(zip(tried, saved, strict=True))
-            results.update((n, down or stopped[batch[n].channel_id]) for n in part if n not in results)
+            for n in part:
+                if n not in results:
+                    # A lock first: what is behind a message that is parked must be parked behind it.
+                    error = stopped.get(batch[n].channel_id, down)
+                    assert error is not None
+                    results[n] = error
             for n, result in zip(tried, saved, strict=True):
                 if isinstance(result, ChannelLocked):
                     stopped[batch[n].channel_id] = result
