@@ -38,11 +38,11 @@ class Listener:
 @pytest.fixture
 def transport():
     with socket.socket() as sock:
-        yield mock.Mock(
-            get_write_buffer_size=lambda: BUFFER_LIMIT + 1,
-            get_extra_info=lambda name: sock,
-            is_closing=lambda: False,
+        transport = mock.Mock(
+            get_write_buffer_size=lambda: BUFFER_LIMIT + 1, get_extra_info=lambda name: sock
         )
+        transport.is_closing = lambda: transport.close.called
+        yield transport
 
 
 @pytest.fixture

@@ -88,7 +88,9 @@ class MessagesApi:
             bound = self._config.store_timeout + 4 * self._config.db_timeout
             answer = await asyncio.wait_for(poster.answer, bound)
         except asyncio.TimeoutError:
-            return error_response(Unavailable("the message may be stored, or not", sent=True))
+            return error_response(
+                Unavailable("the message may be stored, or not: send it again with its nonce")
+            )
         except ChatError as exc:
             return error_response(exc)
         if isinstance(answer, ChatError):

@@ -59,7 +59,6 @@ class WebSocket(asyncio.Protocol):
         "_abort_timer",
         "_closing",
         "_deaf",
-        "_hung_up",
         "_listener",
         "_loop",
         "_lost",
@@ -83,7 +82,6 @@ class WebSocket(asyncio.Protocol):
         self._listener = listener
         self._closing = False  # nothing can be written any more
         self._deaf = False  # what the peer sends does not count any more: one of us has sent a close frame
-        self._hung_up = False  # the peer has
         self._lost = False  # the connection is gone
         self._abort_timer: asyncio.TimerHandle | None = None
         self.held: list[bytes] | None = None  # what is written between hold() and release()
@@ -107,9 +105,8 @@ class WebSocket(asyncio.Protocol):
         """
         handler = request.protocol
         self.transport.set_protocol(self)
-        if (
-            handler.writing_paused
-        ):  # by answers to requests before this one; the transport tells that only once
+        if handler.writing_paused:
+            # By answers to requests before this one; the transport tells that only once.
             self.pause_writing()
         handler.transport = None  # not to be closed by what follows
         handler.set_parser(self)  # type: ignore[arg-type]  # any object of this shape
@@ -169,8 +166,7 @@ class WebSocket(asyncio.Protocol):
     def _parsed(self, frame: WSMessage) -> None:
         kind = frame.type
         if kind is WSMsgType.CLOSE:
-            if not self._hung_up:
-                self._close_received(frame.data)
+            self._close_received(frame.data)
         elif self._deaf or kind is WSMsgType.PONG:
             pass
         elif kind is WSMsgType.TEXT:
@@ -181,7 +177,7 @@ class WebSocket(asyncio.Protocol):
             self._listener.received_binary()
 
     def _close_received(self, code: int) -> None:
-        self._hung_up = self._deaf = True
+        self._deaf = True
         if not self._closing:
             may_be_sent = code != WSCloseCode.ABNORMAL_CLOSURE and code < 5000  # RFC 6455, section 7.4
             self.close(code if may_be_sent else WSCloseCode.PROTOCOL_ERROR, "")
