@@ -149,9 +149,13 @@ class Cluster:
 
 
 class ServerProcess:
-    """`python -m tollerchat` as a process of its own. It keeps its port over restarts."""
+    """`python -m tollerchat` as a process of its own. It keeps its port over restarts.
 
-    def __init__(self, db_url, **settings):
+    It begins with `taken` descriptors already in use, as if by so many connections.
+    """
+
+    def __init__(self, db_url, *, taken=0, **settings):
+        self._taken = taken
         self._reserved = _reserve_port()
         self.port = self._reserved.getsockname()[1]
         if sys.platform != "linux":
@@ -168,10 +172,14 @@ class ServerProcess:
     def start(self):
         earlier = len(self.log())
         # Appended to, over a descriptor of its own: it would write to wherever log() is reading.
-        with open(self._log.name, "ab") as log:
+        with open(self._log.name, "ab") as log, contextlib.ExitStack() as stack:
+            taken = [os.dup(log.fileno()) for _ in range(self._taken)]
+            for descriptor in taken:
+                stack.callback(os.close, descriptor)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tollerchat"], env=self._environ, stdout=log, stderr=log
-            )
+                [sys.executable, "-m", "tollerchat"],
+                env=self._environ, stdout=log, stderr=log, pass_fds=taken,
+            )  # fmt: skip
 
         def listens():
             assert self._process.poll() is None, f"the server did not start:\n{self.log()[earlier:]}"

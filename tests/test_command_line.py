@@ -60,3 +60,17 @@ def test_init_db_upgrades_the_originals_tables_and_may_be_repeated(database):
 def test_init_db_without_a_database_says_so():
     assert "DB_URL is not set" in run("init-db").stderr
     assert "cannot set up the database" in run("init-db", DB_URL="postgresql://127.0.0.1:1/x").stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no such limit")
+def test_server_takes_as_many_descriptors_as_it_may():
+    """Most systems give 1,024 to begin with, which would be the most connections."""
+    code = """if True:
+        import resource
+        from tollerchat.__main__ import _run
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+        async def serve():
+            print(resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard))
+        _run(serve())"""
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=30) == "True\n"

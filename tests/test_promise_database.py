@@ -13,6 +13,7 @@ from tests.conftest import CLUSTER_VARIABLE
 from tests.faults import Cluster, ServerProcess, in_thread, running
 from tests.soak import Health, Talker, wind_up
 from tests.support import WAIT, psql, token, until
+from tollerchat.saving import LOCK_KEY
 
 # One query may take 1 s, and a message is tried again for 2 s; so whoever waits is told within 3 s, and a bit.
 SETTINGS = {"db_timeout": 1, "store_timeout": 2, "shutdown_timeout": 4}
@@ -42,9 +43,15 @@ async def db_url(cluster):
 
 
 @pytest.fixture
-async def process(db_url):
-    async with running(db_url, **SETTINGS) as server:
+async def process(db_url, request):
+    async with running(db_url, taken=getattr(request, "param", 0), **SETTINGS) as server:
         yield server
+
+
+# select(2) takes no descriptor above that, and aiopg calls it whenever a query fails.
+many_descriptors = pytest.mark.parametrize(
+    "process", [1100], indirect=True, ids=["more than 1024 descriptors"]
+)
 
 
 @pytest.fixture
@@ -110,6 +117,33 @@ async def test_terminated_connections_lose_nothing(cluster, room, process, sessi
             db_url,
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'tollerchat'",
         )
+    await heals(room, process, session, db_url, since=time.monotonic())
+
+
+@many_descriptors
+async def test_failures_of_queries_and_connections_on_high_descriptors(
+    cluster, room, process, session, db_url
+):
+    talkers, _ = room
+    with contextlib.closing(psycopg2.connect(db_url)) as other, other.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_xact_lock(%s, 2)", (LOCK_KEY,))
+        url, headers = f"{process.url}/channels/2/messages", {"Authorization": f"Bearer {token(1)}"}
+        async with session.post(url, headers=headers, json={"content": "locked out"}) as response:
+            assert response.status == 503
+    assert max(delay for talker in talkers for delay in talker.delays) < 1, (
+        "others waited for a channel of nobody's"
+    )
+    for _ in range(3):
+        acked = len(talkers[0].acked)
+        await until(lambda: len(talkers[0].acked) > acked + 5)  # noqa: B023
+        psql(
+            db_url,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'tollerchat'",
+        )
+        headers = {"Authorization": f"Bearer {token(5)}"}
+        sockets = [await session.ws_connect(f"{process.url}/ws/channel/2", headers=headers) for _ in range(5)]
+        for socket in sockets:
+            await asyncio.wait_for(socket.close(), WAIT)
     await heals(room, process, session, db_url, since=time.monotonic())
 
 

@@ -99,7 +99,17 @@ def _run(main: Coroutine[None, None, None]) -> None:
     else:
         import uvloop
 
+        _raise_descriptor_limit()
         uvloop.run(main)
+
+
+def _raise_descriptor_limit() -> None:
+    """Take as many connections as the hard limit allows: the soft one is 1,024 on most systems."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError):  # macOS allows less than its hard limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _serve_until_stopped(config: Config, *, demo: bool) -> None:

@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import logging
+import os
 import select
+import types
 import weakref
 from importlib import resources
 from typing import Any, Final
 
-import aiopg
+import aiopg.connection
 import psycopg2
 
 from tollerchat.config import Config
@@ -52,6 +54,16 @@ SETTINGS: Final = """
 TIME_FORMAT: Final = """'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"""
 
 
+def _check_descriptors(readable: list[int], *_: object) -> None:
+    for descriptor in readable:
+        os.fstat(descriptor)  # OSError with EBADF for a bad one
+
+
+# When a query fails, aiopg asks select(2) whether its descriptor is a bad one. From 1024 on, select takes none
+# at all, and whoever waits for the query would be left waiting.
+vars(aiopg.connection)["select"] = types.SimpleNamespace(select=_check_descriptors)
+
+
 def connect(config: Config, timeout: float) -> Any:
     """An aiopg connection outside the pools, as an awaitable context manager."""
     return aiopg.connect(config.db_url, timeout=timeout, **OPTIONS)
@@ -66,6 +78,10 @@ async def run_query(cursor: aiopg.Cursor, sql: str, parameters: Any) -> list[tup
             raise
         # aiopg's way to say that the server cancelled the query (statement_timeout, an operator)
         raise Unavailable("the database cancelled the query") from None
+    except psycopg2.Error:
+        if cursor.connection.closed:
+            cursor.connection.close()  # now: its descriptor may soon be another's, and must not be watched
+        raise
     rows: list[tuple[Any, ...]] = await cursor.fetchall() if cursor.description else []
     return rows
 

@@ -1,4 +1,4 @@
-"""Domain exceptions: what can go wrong in a chat, each with its code on the wire (docs/protocol.md)."""
+"""Domain exceptions: what can go wrong in a chat, each with its code and HTTP status (docs/protocol.md)."""
 
 from typing import ClassVar
 
@@ -30,6 +30,7 @@ class ChatError(Exception):
     """A request or frame that is refused; `str()` is the message shown to the client."""
 
     code: ClassVar[str] = "internal"
+    status: ClassVar[int] = 400
 
 
 class BadRequest(ChatError):
@@ -38,18 +39,22 @@ class BadRequest(ChatError):
 
 class UpgradeRequired(ChatError):
     code = "upgrade_required"
+    status = 426
 
 
 class Unauthorized(ChatError):
     code = "unauthorized"
+    status = 401
 
 
 class Forbidden(ChatError):
     code = "forbidden"
+    status = 403
 
 
 class NotFound(ChatError):
     code = "not_found"
+    status = 404
 
 
 class Unavailable(ChatError):
@@ -59,6 +64,7 @@ class Unavailable(ChatError):
     """
 
     code = "unavailable"
+    status = 503
 
     def __init__(self, message: str, *, sent: bool = False) -> None:
         super().__init__(message)
@@ -71,6 +77,7 @@ class ChannelLocked(Unavailable):
 
 class NonceConflict(ChatError):
     code = "nonce_conflict"
+    status = 409
 
 
 class InvalidJson(ChatError):

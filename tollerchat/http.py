@@ -15,8 +15,6 @@ from tollerchat.errors import (
     BadRequest,
     ChatError,
     Forbidden,
-    NonceConflict,
-    NotFound,
     Unauthorized,
     Unavailable,
     UpgradeRequired,
@@ -35,18 +33,9 @@ __all__ = (
 
 BEARER_PREFIX = "bearer."
 
-_STATUS: dict[type[ChatError], int] = {
-    Unauthorized: 401,
-    Forbidden: 403,
-    NotFound: 404,
-    NonceConflict: 409,
-    UpgradeRequired: 426,
-    Unavailable: 503,
-}
-
 
 def error_response(error: ChatError) -> web.Response:
-    """A refusal as JSON, with the status of the contract; without one of its own, 400."""
+    """A refusal as JSON, with its status."""
     body = {"error": {"code": error.code, "message": str(error)}}
     headers = {}
     if isinstance(error, UpgradeRequired):
@@ -55,7 +44,7 @@ def error_response(error: ChatError) -> web.Response:
         headers[hdrs.WWW_AUTHENTICATE] = "Bearer"
     elif isinstance(error, Unavailable):
         headers[hdrs.RETRY_AFTER] = "1"
-    return web.json_response(body, status=_STATUS.get(type(error), 400), headers=headers)
+    return web.json_response(body, status=error.status, headers=headers)
 
 
 def authenticate(request: web.Request, config: Config) -> Identity:
