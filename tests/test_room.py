@@ -176,3 +176,24 @@ async def test_hint_of_what_is_not_in_the_log_is_read_for_once():
         room.end_commit()
         await asyncio.sleep(0)
     assert log.readings == 2
+
+
+@pytest.mark.parametrize("announced_by", ["hint", "commit"])
+async def test_wrong_hint_does_not_hide_what_is_announced_while_it_is_read_for(announced_by):
+    log = Log(1)
+    room = Room(1, log, 50)
+    await room.load()
+    log.pause()
+    room.hint(10**30)
+    await until(lambda: log.readings == 2)
+    log.ids += [2, 3]
+    if announced_by == "hint":
+        room.hint(3)
+    else:  # behind a message of somebody else
+        room.begin_commit()
+        room.commit([Saved(message(3), repeated=False, previous=2)])
+        room.end_commit()
+    log.go_on()
+    await until(lambda: room.head == 3)
+    await until(lambda: room._catching_up is None)
+    assert log.readings == 3

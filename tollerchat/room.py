@@ -190,14 +190,16 @@ class Room:
         # A hint may be of a commit in flight, whose frames its sender must not get. After the answer
         # each sender knows its own, so only then is the hint a target.
         if not self._commits_in_flight:
-            self._target = max(self._target, self._heard)
+            self._target, self._heard = max(self._target, self._heard), 0
         if self._loaded and self._target > self.head and self._catching_up is None:
             self._catching_up = asyncio.create_task(self._catch_up())
 
     async def _catch_up(self) -> None:
         try:
             while self.head < self._target:
-                target, edition, generation = self._target, self._edition, self._generation
+                edition, generation = self._edition, self._generation
+                # What is announced from now on may be newer than what is read.
+                target, self._target = self._target, 0
                 self._readings += 1
                 try:
                     messages = await self._repository.load_messages_after(
@@ -206,18 +208,20 @@ class Room:
                     await self._recognise(messages)
                 except Unavailable as exc:
                     logger.warning("channel %d cannot catch up yet: %s", self.channel_id, exc)
-                    await asyncio.sleep(RETRY_DELAY)
-                    continue
+                    messages = None
                 if generation != self._generation:
                     continue  # it is of a log that is gone
+                if messages is None:
+                    self._target = max(self._target, target)
+                    await asyncio.sleep(RETRY_DELAY)
+                    continue
                 self._extend(messages)
                 if edition != self._edition:
                     self._drop()  # what was read may have been deleted meanwhile: it was sent, but is not kept
-                if len(messages) < PAGE_SIZE and target == self._target:
-                    # The rest was deleted before we read it, or somebody told of what never was.
-                    self._read_to, self._target = (self._readings, target), self.head
-                    if self._heard <= target:
-                        self._heard = self.head
+                if len(messages) == PAGE_SIZE:
+                    self._target = max(self._target, target)  # there is more
+                else:  # maybe of less than was announced: it was deleted, or never was
+                    self._read_to = self._readings, target
         finally:
             self._catching_up = None
             self._tell_progress()
