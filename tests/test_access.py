@@ -43,9 +43,11 @@ async def test_who_returns_is_not_looked_up_again(server, queries):
 
 
 async def test_many_who_come_at_once_are_one_query(server, queries):
-    async with server.app[hub_key].access._one_query:  # another query is under way
+    hub = server.app[hub_key]
+    async with hub.access._one_query:  # another query is under way
         joining = [asyncio.ensure_future(server.join(user_id, 1)) for user_id in (1, 2, 3, 1, 2)]
-        await until(lambda: server.app[hub_key].access._gathering == {(1, 1), (1, 2), (1, 3)})
+        await until(lambda: 1 in hub.rooms and len(hub.rooms[1].clients) == 5)
+        assert hub.access._gathering == {(1, 1), (1, 2), (1, 3)}
     await asyncio.gather(*joining)
     assert queries == [{(1, 1), (1, 2), (1, 3)}]
 
