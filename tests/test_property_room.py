@@ -25,6 +25,7 @@ from tollerchat.errors import NonceConflict, Unavailable
 from tollerchat.hub import Hub
 from tollerchat.protocol import OutgoingMessage
 from tollerchat.saving import Saved
+from tollerchat.turns import Turns
 from tollerchat.websocket import BUFFER_LIMIT, WebSocket
 from tollerchat.writer import MessageWriter
 
@@ -219,7 +220,7 @@ class Peer:
     # The protocol
 
     def connect(self, client):
-        self._protocol = WebSocket(self, client, CONFIG.max_frame_size)
+        self._protocol = WebSocket(self, client, Turns(), max_size=CONFIG.max_frame_size)
         client.start(self._protocol)
         for data in self._unsent:
             self._receive(data)

@@ -21,7 +21,6 @@ from tollerchat.protocol import (
     ReadyFrame,
     encode,
     error_frame,
-    nonce_of,
     parse,
 )
 from tollerchat.room import RETRY_DELAY, Page, Room
@@ -189,8 +188,9 @@ class Client:
         """Whether too much is under way: messages to the database, or answers to it."""
         websocket = self._socket
         assert websocket is not None
-        full = websocket.full or (self.outbox is not None and self.outbox.full)
-        return full and not websocket.closing
+        if self.outbox is not None and self.outbox.full:
+            return not websocket.deaf
+        return websocket.full and not websocket.closing
 
     def received(self, text: str) -> None:
         """A frame of the client."""
@@ -203,7 +203,7 @@ class Client:
             elif isinstance(incoming, IncomingAuth):
                 self._on_auth(incoming)
         except ChatError as exc:
-            self.write(error_frame(exc, nonce_of(text)))
+            self.write(error_frame(exc, exc.nonce))
 
     def received_binary(self) -> None:
         """A frame that is not text."""
@@ -214,8 +214,12 @@ class Client:
             assert self._socket is not None
             self.outbox = Outbox(self._socket, self.user_id, self._config.max_in_flight, v1=self.v1)
         message = NewMessage(self.channel_id, self.user_id, frame.content, frame.nonce)
-        self._writer.submit(message, self.outbox)
-        self.outbox.sent(frame.nonce)
+        try:
+            self._writer.submit(message, self.outbox)
+        except Unavailable as exc:
+            self.write(error_frame(exc, frame.nonce))
+        else:
+            self.outbox.sent(frame.nonce)
 
     def _on_typing(self) -> None:
         now = self._loop.time()

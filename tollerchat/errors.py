@@ -31,6 +31,7 @@ class ChatError(Exception):
 
     code: ClassVar[str] = "internal"
     status: ClassVar[int] = 400
+    nonce: str | None = None  # of the frame, where it was refused as such
 
 
 class BadRequest(ChatError):

@@ -14,6 +14,7 @@ from tollerchat.http import (
     message_id_of,
 )
 from tollerchat.hub import Hub
+from tollerchat.turns import Turns
 from tollerchat.websocket import WebSocket
 from tollerchat.writer import MessageWriter
 
@@ -27,6 +28,7 @@ class ChatHandler:
         self._config = config
         self._hub = hub
         self._writer = writer
+        self._turns = Turns()
 
     async def serve_ws(self, request: web.Request) -> web.StreamResponse:
         """Check the request and upgrade it. The connection lives on when this has returned."""
@@ -57,7 +59,9 @@ class ChatHandler:
             await response.prepare(request)
             if request.transport is None:
                 raise ConnectionResetError
-            websocket = WebSocket(request.transport, client, self._config.max_frame_size)
+            websocket = WebSocket(
+                request.transport, client, self._turns, max_size=self._config.max_frame_size
+            )
             websocket.take_over(request)
             client.start(websocket)
         except BaseException:

@@ -5,6 +5,7 @@ outgoing frame), then handle it in `Client`.
 """
 
 import json
+import re
 from enum import IntEnum
 from typing import Final
 
@@ -40,7 +41,6 @@ __all__ = (
     "close_frame",
     "encode",
     "error_frame",
-    "nonce_of",
     "parse",
     "parse_message",
     "pong_frame",
@@ -100,6 +100,7 @@ class IncomingAuth(msgspec.Struct, tag="auth", gc=False):
 
 IncomingFrame = IncomingMessage | IncomingTyping | IncomingAuth
 
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _TYPES: Final = ("message", "typing", "auth")
 _message_decoder = msgspec.json.Decoder(IncomingMessage)
 _decoder: msgspec.json.Decoder[IncomingFrame] = msgspec.json.Decoder(IncomingFrame)
@@ -108,14 +109,22 @@ _decoder: msgspec.json.Decoder[IncomingFrame] = msgspec.json.Decoder(IncomingFra
 def parse(text: str) -> IncomingFrame:
     """Turn the text of a WebSocket frame into a valid incoming frame.
 
-    Raises one of the `ChatError`s of this contract; `nonce_of(text)` tells which message it was about.
+    Raises one of the `ChatError`s of this contract, with the frame's nonce if it has a usable one.
     """
     try:
         frame = _decoder.decode(text)
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as exc:
-        raise _explain(exc, _lenient(text)) from None
+        lenient = _lenient(text)
+        error = _explain(exc, lenient)
+        if isinstance(lenient, dict):
+            error.nonce = _usable(lenient.get("nonce"))
+        raise error from None
     if isinstance(frame, IncomingMessage):
-        frame.check()
+        try:
+            frame.check()
+        except ChatError as error:
+            error.nonce = _usable(frame.nonce)
+            raise
     return frame
 
 
@@ -133,12 +142,11 @@ def parse_message(text: str) -> IncomingMessage:
     return message
 
 
-def nonce_of(text: str) -> str | None:
-    """The nonce of a frame that was refused, if it has a usable one."""
-    frame = _lenient(text)
-    nonce = frame.get("nonce") if isinstance(frame, dict) else None
-    usable = isinstance(nonce, str) and len(nonce) <= MAX_NONCE_LENGTH and not _has_surrogate(nonce)
-    return nonce if usable else None
+def _usable(nonce: object) -> str | None:
+    """A nonce that an answer can repeat."""
+    if isinstance(nonce, str) and len(nonce) <= MAX_NONCE_LENGTH and not _has_surrogate(nonce):
+        return nonce
+    return None
 
 
 def _lenient(text: str) -> object:
@@ -150,7 +158,7 @@ def _lenient(text: str) -> object:
 
 
 def _has_surrogate(text: str) -> bool:
-    return any("\ud800" <= char <= "\udfff" for char in text)
+    return _SURROGATE.search(text) is not None
 
 
 def _explain(exc: Exception, frame: object) -> ChatError:

@@ -13,6 +13,7 @@ from aiohttp._websocket.reader import WebSocketDataQueue  # the only place to ho
 from aiohttp.http import WebSocketError, WebSocketReader, WSMessage, WSMsgType
 
 from tollerchat.protocol import CloseCode, close_frame, pong_frame
+from tollerchat.turns import Turns
 
 __all__ = ("BUFFER_LIMIT", "CLOSE_TIMEOUT", "WebSocket")
 
@@ -23,7 +24,8 @@ BUFFER_LIMIT: Final = 64 * 1024
 SEND_BUFFER: Final = 128 * 1024  # bytes in the kernel, for one connection
 BYTES_ACKED: Final = slice(120, 128)  # of struct tcp_info, since Linux 4.1 (linux/tcp.h)
 CLOSE_TIMEOUT: Final = 2.0  # seconds for the closing handshake; then the connection is aborted
-SLICE: Final = 4096  # bytes parsed at a time: bounds how far a busy listener is overrun
+SLICE: Final = 1024  # bytes parsed at a time: bounds how far a busy listener is overrun
+UNPARSED: Final = 4096  # bytes that may wait to be parsed; beyond, it is not read
 
 
 class Listener(Protocol):
@@ -58,15 +60,16 @@ class WebSocket(asyncio.Protocol):
     __slots__ = (
         "_abort_timer",
         "_closing",
-        "_deaf",
         "_listener",
         "_loop",
         "_lost",
         "_progress_at",
         "_reader",
         "_taken",
-        "_turn",
+        "_turns",
         "_unparsed",
+        "_waits",
+        "deaf",
         "full",
         "heard_at",
         "held",
@@ -74,19 +77,22 @@ class WebSocket(asyncio.Protocol):
         "transport",
     )
 
-    def __init__(self, transport: asyncio.Transport, listener: Listener, max_size: int) -> None:
+    def __init__(
+        self, transport: asyncio.Transport, listener: Listener, turns: Turns, *, max_size: int
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self.transport = transport
         self.full = False  # the peer reads too slowly
         self.heard_at = self._loop.time()  # when anything came from the peer
         self._listener = listener
         self._closing = False  # nothing can be written any more
-        self._deaf = False  # what the peer sends does not count any more: one of us has sent a close frame
+        self.deaf = False  # what the peer sends does not count any more: one of us has sent a close frame
         self._lost = False  # the connection is gone
         self._abort_timer: asyncio.TimerHandle | None = None
         self.held: list[bytes] | None = None  # what is written between hold() and release()
         self._unparsed = b""
-        self._turn: asyncio.Handle | None = None  # the next call of read_pump
+        self._turns = turns
+        self._waits = False  # for its turn, to call read_pump
         self.paused = True  # not reading; aiohttp may have paused it, so it is resumed in any case
         self._progress_at = 0.0  # when the peer was last seen to read, while the buffer is full
         self._taken = 0  # what _bytes_taken() said then
@@ -117,9 +123,8 @@ class WebSocket(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.heard_at = self._loop.time()
         self._unparsed = self._unparsed + data if self._unparsed else data
-        if self._turn is None:
-            self._listener.read_pump()
-        if self._unparsed and not self.paused and not self.transport.is_closing():
+        self.read_on()
+        if len(self._unparsed) > UNPARSED and not self.paused and not self.transport.is_closing():
             self.paused = True
             self.transport.pause_reading()
 
@@ -136,10 +141,7 @@ class WebSocket(asyncio.Protocol):
         """As aiohttp's parsers have it."""
 
     def parse(self) -> None:
-        """Hand some of what was received to the listener; the rest is for later turns of the loop.
-
-        One who sends tiny frames as fast as it can would else keep the loop from everybody.
-        """
+        """Hand some of what was received to the listener; the rest is for later turns."""
         if data := self._unparsed:
             self._unparsed = data[SLICE:]
             self.hold()
@@ -155,19 +157,20 @@ class WebSocket(asyncio.Protocol):
             self.transport.resume_reading()
 
     def read_on(self) -> None:
-        """Call `read_pump` in the next turn of the loop."""
-        if self._turn is None:
-            self._turn = self._loop.call_soon(self._read_on)
+        """Call `read_pump` when it is this connection's turn."""
+        if not self._waits:
+            self._waits = True
+            self._turns.ask(self._read_on)
 
     def _read_on(self) -> None:
-        self._turn = None
+        self._waits = False
         self._listener.read_pump()
 
     def _parsed(self, frame: WSMessage) -> None:
         kind = frame.type
         if kind is WSMsgType.CLOSE:
             self._close_received(frame.data)
-        elif self._deaf or kind is WSMsgType.PONG:
+        elif self.deaf or kind is WSMsgType.PONG:
             pass
         elif kind is WSMsgType.TEXT:
             self._listener.received(frame.data)
@@ -177,7 +180,7 @@ class WebSocket(asyncio.Protocol):
             self._listener.received_binary()
 
     def _close_received(self, code: int) -> None:
-        self._deaf = True
+        self.deaf = True
         if not self._closing:
             may_be_sent = code != WSCloseCode.ABNORMAL_CLOSURE and code < 5000  # RFC 6455, section 7.4
             self.close(code if may_be_sent else WSCloseCode.PROTOCOL_ERROR, "")
@@ -226,7 +229,7 @@ class WebSocket(asyncio.Protocol):
 
     def close(self, code: int, reason: str) -> None:
         """Start the closing handshake; the first caller decides the code. If it takes long, abort."""
-        self._deaf = True
+        self.deaf = True
         if not self._closing:
             self.release()
             self.write(close_frame(code, reason))
@@ -278,7 +281,7 @@ class WebSocket(asyncio.Protocol):
         self._listener.closing()
         if self._abort_timer is not None:
             self._abort_timer.cancel()
-        if self._deaf:
+        if self.deaf:
             self._unparsed = b""
         if not self._unparsed:
             self._end()

@@ -1,0 +1,44 @@
+"""`Turns`: connections take turns at having parsed what they sent."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+__all__ = ("Turns",)
+
+BUDGET: Final = 0.001  # seconds of each turn of the loop
+
+
+class Turns:
+    """Calls back in the order of asking, for a bounded time in each turn of the event loop.
+
+    Those who send as much as they can, however many, would else keep the loop from everybody.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._scheduled = False
+
+    def ask(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called, soon."""
+        self._waiting.append(callback)
+        if not self._scheduled:
+            self._schedule()
+
+    def _schedule(self) -> None:
+        self._scheduled = True
+        asyncio.get_running_loop().call_soon(self._run)
+
+    def _run(self) -> None:
+        self._scheduled = False
+        end = time.perf_counter() + BUDGET
+        try:
+            while self._waiting:
+                self._waiting.popleft()()
+                if time.perf_counter() >= end:
+                    break
+        finally:
+            if self._waiting and not self._scheduled:
+                self._schedule()
