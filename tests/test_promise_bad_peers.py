@@ -51,7 +51,8 @@ async def ack(client):
 
 
 @pytest.mark.parametrize("frame", [PING, EMPTY_TEXT], ids=["pings", "empty texts"])
-async def test_flood_of_tiny_frames_keeps_nobody_waiting(database, frame):
+@pytest.mark.parametrize("count", [1, 10])
+async def test_flood_of_tiny_frames_keeps_nobody_waiting(database, frame, count):
     loop = asyncio.get_running_loop()
 
     async def send(client):
@@ -63,11 +64,13 @@ async def test_flood_of_tiny_frames_keeps_nobody_waiting(database, frame):
             pass
 
     async with running(database.url) as server:
-        flooder = await RawClient.connect(server.port, 1, buffer=1 << 20)
+        flooders = [await RawClient.connect(server.port, 1, buffer=1 << 20) for _ in range(count)]
         alice = await RawClient.connect(server.port, 2, 2)
-        with closing(flooder, alice):
+        with closing(*flooders, alice):
             await ready(alice)
-            flood = [asyncio.ensure_future(work(flooder)) for work in (send, receive)]
+            flood = [
+                asyncio.ensure_future(work(flooder)) for flooder in flooders for work in (send, receive)
+            ]
             delays = []
             for _ in range(20):
                 start = time.monotonic()
