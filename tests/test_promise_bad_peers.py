@@ -12,6 +12,7 @@ import pytest
 from tests.faults import running
 from tests.raw_client import RawClient
 from tests.support import WAIT, Template, until
+from tollerchat.app import writer_key
 
 pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])
 
@@ -68,9 +69,7 @@ async def test_flood_of_tiny_frames_keeps_nobody_waiting(database, frame, count)
         alice = await RawClient.connect(server.port, 2, 2)
         with closing(*flooders, alice):
             await ready(alice)
-            flood = [
-                asyncio.ensure_future(work(flooder)) for flooder in flooders for work in (send, receive)
-            ]
+            flood = [asyncio.ensure_future(work(flooder)) for flooder in flooders for work in (send, receive)]
             delays = []
             for _ in range(20):
                 start = time.monotonic()
@@ -175,3 +174,26 @@ async def test_writing_goes_on_when_a_column_gets_another_type(server, database)
     await alice.send("after", nonce="n")
     assert (await alice.receive())["type"] == "ack"
     assert database.contents() == ["before", "after"]
+
+
+async def test_messages_of_one_who_hung_up_wait_their_turn(serve, config, database, monkeypatch):
+    """Else a few who send and go would fill the queue of the writer."""
+    server = await serve(config)
+    writer, peak = server.app[writer_key], 0
+    submit = writer.submit
+
+    def count(message, sender):
+        nonlocal peak
+        submit(message, sender)
+        peak = max(peak, sender._in_flight + 1)
+
+    monkeypatch.setattr(writer, "submit", count)
+    client = await RawClient.connect(server.port, 1)
+    with closing(client):
+        await ready(client)
+        with lock(database, "LOCK TABLE messages IN SHARE MODE"):
+            await client.send(*[{"type": "message", "content": "x"}] * 400)
+            await until(lambda: peak >= config.max_in_flight)
+            client.close()  # which the server finds out when it answers
+        await until(lambda: len(database.contents()) == 400)
+    assert peak < 2 * config.max_in_flight  # it is looked at once for each slice
