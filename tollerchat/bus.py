@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 
 import aiopg
 
 from tollerchat.config import Config
-from tollerchat.database import FAILURES, ConnectionWatch, connect, run_query
+from tollerchat.connection import FAILURES, OPTIONS, ConnectionWatch, connect
+from tollerchat.database import run_query
 from tollerchat.errors import Unavailable
 from tollerchat.hub import Hub
 from tollerchat.tasks import end_tasks
@@ -39,7 +41,8 @@ class PostgresBus:
         """Listen, and connect again whenever the connection fails, until cancelled."""
         while True:
             try:
-                async with connect(self._config, self._config.db_timeout) as connection:
+                connection = await connect(self._config.db_url, timeout=self._config.db_timeout, **OPTIONS)
+                with contextlib.closing(connection):
                     await self._watch.add(connection)
                     await _execute(connection, "LISTEN tollerchat")
                     self._hub.access.remembers = True

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 __all__ = (
     "BadRequest",
-    "ChannelLocked",
+    "ChannelBlocked",
     "ChatError",
     "ConfigError",
     "EmptyContent",
@@ -72,8 +72,8 @@ class Unavailable(ChatError):
         self.sent = sent
 
 
-class ChannelLocked(Unavailable):
-    """Another transaction holds the channel: nothing was stored, and other channels are not concerned."""
+class ChannelBlocked(Unavailable):
+    """Nothing can be stored in one channel for now: another transaction holds it, say. The others go on."""
 
 
 class NonceConflict(ChatError):

@@ -7,15 +7,8 @@ from typing import Any
 import aiopg
 
 from tollerchat.config import Config
-from tollerchat.database import (
-    FAILURES,
-    OPTIONS,
-    SETTINGS,
-    TIME_FORMAT,
-    ConnectionWatch,
-    explain,
-    run_query,
-)
+from tollerchat.connection import FAILURES, OPTIONS, ConnectionWatch
+from tollerchat.database import TIME_FORMAT, explain, prepare, run_query
 from tollerchat.errors import ChatError, Forbidden, NotFound, Unavailable
 from tollerchat.protocol import OutgoingMessage
 from tollerchat.saving import NewMessage, Saver, SaveResult
@@ -71,8 +64,7 @@ class Repository:
 
     async def _prepare_reader(self, conn: aiopg.Connection) -> None:
         await self.watch.add(conn)
-        async with conn.cursor() as cursor:
-            await run_query(cursor, SETTINGS, ())
+        await prepare(conn, self._config)
 
     async def close(self) -> None:
         self._saver.close()

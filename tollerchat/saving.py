@@ -10,17 +10,9 @@ import msgspec
 import psycopg2
 
 from tollerchat.config import Config
-from tollerchat.database import (
-    FAILURES,
-    SETTINGS,
-    TIME_FORMAT,
-    ConnectionWatch,
-    connect,
-    explain,
-    has_answered,
-    run_query,
-)
-from tollerchat.errors import ChannelLocked, ChatError, InvalidContent, NonceConflict, NotFound, Unavailable
+from tollerchat.connection import FAILURES, OPTIONS, ConnectionWatch, connect
+from tollerchat.database import TIME_FORMAT, explain, has_answered, prepare, run_query
+from tollerchat.errors import ChannelBlocked, ChatError, InvalidContent, NonceConflict, NotFound, Unavailable
 from tollerchat.protocol import OutgoingMessage
 
 __all__ = ("LOCK_KEY", "NewMessage", "SaveResult", "Saved", "Saver")
@@ -46,7 +38,8 @@ _PREPARE = f"""
     SET lock_timeout = '100ms';
     SET plan_cache_mode = force_generic_plan;
     SET enable_hashjoin = off; SET enable_mergejoin = off;
-    {SETTINGS}
+    SELECT set_config('synchronous_commit', 'on', false)
+    WHERE current_setting('synchronous_commit') = 'off';  -- or what is acked would not be safe
     PREPARE tollerchat_lock (int[]) AS
     SELECT pg_advisory_xact_lock({LOCK_KEY}, channel_id) FROM unnest($1) AS sorted (channel_id);
     PREPARE tollerchat_save (json, int[]) AS
@@ -76,9 +69,11 @@ _PREPARE = f"""
             FROM unnest($2) WITH ORDINALITY AS asked (channel_id, place) ORDER BY place) END
     FROM incoming ORDER BY n"""
 
-# Classes of errors that may be about single rows of a batch: data, constraints, routines, views, limits, triggers
-# (PostgreSQL's manual, appendix A).
-_ROW_ERRORS = ("22", "23", "38", "39", "44", "54", "P0")
+# Errors that may be about a single row of a batch, by class (PostgreSQL's manual, appendix A). Some are final:
+# of data, constraints, routines, views, limits, triggers, policies.
+_REFUSALS = ("0A", "21", "22", "23", "38", "39", "42501", "44", "54", "P0")
+# Others may pass: conflicts between transactions, objects in use, cancelled queries, internal errors.
+_PASSING = ("40", "55", "57014", "XX")
 
 
 class NewMessage(msgspec.Struct, gc=False):
@@ -140,7 +135,7 @@ class Saver:
         self, batch: Sequence[NewMessage], channel_ids: Sequence[int]
     ) -> list[SaveResult]:
         """Store what can be: somebody holds channels for long, and the others must not suffer."""
-        error: ChatError = ChannelLocked("the channel is locked by another transaction")
+        error: ChatError = ChannelBlocked("the channel is locked by another transaction")
         if len(channel_ids) == 1:
             return [error] * len(batch)
         try:
@@ -184,14 +179,14 @@ class Saver:
                     assert error is not None
                     results[n] = error
             for n, result in zip(tried, saved, strict=True):
-                if isinstance(result, ChannelLocked):
+                if isinstance(result, ChannelBlocked):
                     stopped[batch[n].channel_id] = result
                 elif isinstance(result, Unavailable):
                     down = Unavailable(str(result))  # the rest was not sent
         return [results[n] for n in range(len(batch))]
 
     async def _run(self, sql: str, parameters: Any) -> list[tuple[Any, ...]]:
-        """Run a query. Raises `psycopg2.Error` if it is about rows or a lock, else `Unavailable`."""
+        """Run a query. Raises `psycopg2.Error` if it may be about single rows, else `Unavailable`."""
         async with self._busy:
             try:
                 if self._connection is None or self._connection.closed:
@@ -199,19 +194,18 @@ class Saver:
                     self._connection = await self._connect()
                 return await run_query(self._cursor, sql, parameters)
             except FAILURES as exc:
-                if isinstance(exc, psycopg2.Error) and has_answered(self._connection, exc):
-                    of_rows = exc.pgcode[:2] in _ROW_ERRORS
-                    if of_rows or isinstance(exc, psycopg2.errors.LockNotAvailable):
-                        raise
+                if has_answered(self._connection, exc) and _is_of_rows(exc):
+                    raise
                 unavailable = explain(exc, self._connection)
                 if self._connection is not None:
                     self._connection.close()  # whatever its state is, and that of the prepared statement
                 raise unavailable from exc
 
     async def _connect(self) -> aiopg.Connection:
-        conn: aiopg.Connection = await connect(self._config, self._config.db_timeout)
+        conn = await connect(self._config.db_url, timeout=self._config.db_timeout, **OPTIONS)
         try:
             await self._watch.add(conn)
+            await prepare(conn, self._config)
             cursor = await conn.cursor()
             ((sequence,),) = await run_query(cursor, "SELECT pg_get_serial_sequence('messages', 'id')", ())
             await run_query(cursor, _PREPARE, {"sequence": sequence})
@@ -241,9 +235,16 @@ def _results(
     return results
 
 
+def _is_of_rows(exc: psycopg2.Error) -> bool:
+    """Whether an answer may be about single rows; with a context, it came from within a trigger."""
+    return exc.pgcode.startswith((*_REFUSALS, *_PASSING)) or exc.diag.context is not None
+
+
 def _explain_refusal(exc: psycopg2.Error) -> ChatError:
     """Why the database did not take a message."""
     if isinstance(exc, psycopg2.errors.ForeignKeyViolation):
         return NotFound("the channel or the user does not exist any more")
     logger.warning("the database refused a message: %s", exc.pgcode)
-    return InvalidContent("the database refused the message")
+    if (exc.pgcode or "").startswith(_REFUSALS):
+        return InvalidContent("the database refused the message")
+    return ChannelBlocked("the database could not store the message")

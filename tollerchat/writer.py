@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from tollerchat.config import Config
-from tollerchat.errors import ChannelLocked, ChatError, Unavailable
+from tollerchat.errors import ChannelBlocked, ChatError, Unavailable
 from tollerchat.hub import Hub
 from tollerchat.repository import Repository
 from tollerchat.room import Room
@@ -113,8 +113,11 @@ class MessageWriter:
 
     async def _save(self, batch: list[Submission]) -> list[SaveResult]:
         messages = [submission.message for submission in batch]
-        if asyncio.get_running_loop().time() >= self._last_try:
+        now = asyncio.get_running_loop().time()
+        if now >= self._last_try:
             return [Unavailable("the server is shutting down: send it again to another one")] * len(messages)
+        if now >= max(submission.deadline for submission in batch):  # they waited behind others
+            return [Unavailable("the database is too slow: send it again later")] * len(messages)
         try:
             return await self._repository.save_messages(messages)
         except Unavailable as exc:
@@ -211,7 +214,7 @@ class MessageWriter:
                 else:
                     committed.setdefault(result.message.channel_id, []).append(result)
             elif self._may_retry(submission, result):
-                if isinstance(result, ChannelLocked):
+                if isinstance(result, ChannelBlocked):
                     self._park(submission)
                 else:
                     retry.append(submission)

@@ -1,0 +1,146 @@
+"""`connect`: connections to PostgreSQL through aiopg, and what aiopg 1.4 leaves to be desired."""
+
+import asyncio
+import os
+import select
+import types
+import weakref
+from collections.abc import Iterator
+from typing import Any, Final
+
+import aiopg
+import aiopg.connection
+import aiopg.pool
+import psycopg2
+from psycopg2.extensions import make_dsn, parse_dsn
+
+__all__ = ("FAILURES", "OPTIONS", "Connection", "ConnectionWatch", "connect")
+
+# AssertionError: aiopg, on a broken connection. RuntimeError: uvloop, on a descriptor reused too soon.
+FAILURES = (psycopg2.Error, OSError, asyncio.TimeoutError, AssertionError, RuntimeError)
+
+OPTIONS: Any = {
+    "client_encoding": "utf8",
+    # psycopg2's extra types would cost a query on each connect.
+    "enable_json": False,
+    "enable_hstore": False,
+    "enable_uuid": False,
+    "application_name": "tollerchat",
+}
+
+
+class Connection(aiopg.Connection):
+    """A connection whose queries, when the server cancels them, fail as others do."""
+
+    async def _poll(self, waiter: "asyncio.Future[None]", timeout: float) -> None:
+        # aiopg's own would report it to the loop's exception handler, and raise CancelledError.
+        self._ready(self._weakref)
+        try:
+            await asyncio.wait_for(waiter, timeout)
+        except (asyncio.CancelledError, asyncio.TimeoutError):
+            self.close()
+            raise
+        finally:
+            self._waiter = None
+
+
+async def connect(dsn: str, *, timeout: float, **options: Any) -> Connection:
+    """Connect to the first address of the database that answers, within `timeout` seconds.
+
+    libpq would look names up while the event loop stands still, and go from one address to the next on
+    another socket, which aiopg does not notice. Raises one of `FAILURES`.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + timeout
+    addresses = await asyncio.wait_for(_addresses(dsn), timeout)
+    for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
+        try:
+            connection = Connection(make_dsn(**address), (end - loop.time()) / left, **options)
+            await connection
+        except FAILURES:
+            if left == 1:
+                raise
+        else:
+            connection._timeout = timeout  # of its queries
+            return connection
+    raise AssertionError("a name without an address")
+
+
+vars(aiopg.pool)["connect"] = connect
+
+
+async def _addresses(dsn: str) -> list[dict[str, Any]]:
+    """The parameters of a connection for each address of the database. Raises `OSError` if there is none."""
+    parameters = parse_dsn(dsn)
+    if "host" not in parameters or not parameters.keys().isdisjoint(("hostaddr", "service")):
+        return [parameters]  # then it is libpq that knows
+    loop = asyncio.get_running_loop()
+    addresses: list[dict[str, Any]] = []
+    failure: OSError | None = None
+    for host, port in _hosts(parameters):
+        place = {**parameters, "host": host, **({"port": port} if port else {})}
+        if host[:1] in ("", "/", "@"):  # a Unix socket
+            addresses.append(place)
+            continue
+        try:
+            found = await loop.getaddrinfo(host, None, type=1)
+        except OSError as exc:
+            failure = exc
+        else:
+            addresses += ({**place, "hostaddr": sockaddr[0]} for *_, sockaddr in found)
+    if not addresses and failure is not None:
+        raise failure
+    return addresses
+
+
+def _hosts(parameters: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Hosts and ports, of which there may be one for all (PostgreSQL's manual, "Specifying Multiple Hosts")."""
+    hosts, ports = parameters["host"].split(","), parameters.get("port", "").split(",")
+    return zip(hosts, ports * len(hosts) if len(ports) == 1 else ports, strict=True)
+
+
+def _check_descriptors(readable: list[int], *_: object) -> None:
+    for descriptor in readable:
+        try:
+            os.fstat(descriptor)
+        except OSError:  # a bad descriptor, which aiopg only stops to watch for reading
+            asyncio.get_running_loop().remove_writer(descriptor)
+            raise
+
+
+# When a query fails, aiopg asks select(2) whether its descriptor is a bad one. From 1024 on, select takes none
+# at all, and whoever waits for the query would be left waiting.
+vars(aiopg.connection)["select"] = types.SimpleNamespace(select=_check_descriptors)
+
+WATCH_INTERVAL: Final = 0.2  # seconds
+
+
+class ConnectionWatch:
+    """Closes connections whose socket is in error, so that nothing waits for them until it times out.
+
+    A server process that dies with our query unread resets the connection. libuv, below uvloop, reports
+    that once and then stops to watch the socket; aiopg needs to be called again to see the end.
+    """
+
+    def __init__(self) -> None:
+        self._connections: weakref.WeakSet[aiopg.Connection] = weakref.WeakSet()
+
+    async def add(self, connection: aiopg.Connection) -> None:
+        """Watch a connection for as long as it lives. Awaitable, as a pool's `on_connect` must be."""
+        self._connections.add(connection)
+
+    async def run(self) -> None:
+        """Look at all connections again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL)
+            for connection in list(self._connections):
+                if not connection.closed and _is_broken(connection.raw.fileno()):
+                    connection.close()  # whoever waits for it gets an OperationalError
+
+
+def _is_broken(descriptor: int) -> bool:
+    if not hasattr(select, "poll"):  # Windows, which has no uvloop either
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)  # errors and hang-ups are told unasked
+    return bool(poll.poll(0))
