@@ -20,6 +20,7 @@ __all__ = ("PostgresBus",)
 logger = logging.getLogger("tollerchat.bus")
 
 RETRY_DELAY = 0.5  # seconds between attempts to connect
+MAX_AT_ONCE = 100  # notifications, before others have their turn
 PROBE_INTERVAL = 5.0  # seconds between probes of the connection, which also look for lost hints
 
 _FAILURES = (*FAILURES, Unavailable)
@@ -61,11 +62,15 @@ class PostgresBus:
         try:
             while True:
                 # No timeout here: a cancelled get() can lose a notification.
-                notification = await connection.notifies.get()
-                try:
-                    await self._dispatch(notification.payload)
-                except (ValueError, IndexError):  # anybody may notify anything
-                    logger.warning("a notification that is not understood: %.100r", notification.payload)
+                payloads = [(await connection.notifies.get()).payload]
+                # Each get() costs aiopg a task; an import may have caused many thousands.
+                while len(payloads) < MAX_AT_ONCE and not connection.notifies.empty():
+                    payloads.append(connection.notifies.get_nowait().payload)
+                for payload in dict.fromkeys(payloads):
+                    try:
+                        await self._dispatch(payload)
+                    except (ValueError, IndexError):  # anybody may notify anything
+                        logger.warning("a notification that is not understood: %.100r", payload)
         finally:
             await end_tasks(probing)
 

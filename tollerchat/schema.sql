@@ -6,6 +6,13 @@ BEGIN;
 -- One application at a time: the rest would wait for the table locks anyway, and could deadlock on them.
 SELECT pg_advisory_xact_lock(1953459308, 0);
 
+DO $$ BEGIN
+    IF current_setting('server_encoding') <> 'UTF8' THEN
+        RAISE 'the encoding of this database is %, it must be UTF8: create another one, with ENCODING UTF8',
+            current_setting('server_encoding');
+    END IF;
+END $$;
+
 CREATE TABLE IF NOT EXISTS users (
     id          SERIAL PRIMARY KEY,
     username    TEXT NOT NULL,
@@ -53,6 +60,9 @@ BEGIN
     IF type_of ->> 'nonce' IS NULL THEN
         ALTER TABLE messages ADD COLUMN nonce TEXT;
     END IF;
+
+    -- Ids that a session keeps for later would come after greater ones.
+    EXECUTE format('ALTER SEQUENCE %s INCREMENT 1 CACHE 1 NO CYCLE', pg_get_serial_sequence('messages', 'id'));
 
     -- A channel that has members was meant for them alone.
     IF NOT EXISTS (
@@ -108,13 +118,21 @@ BEGIN
     RETURN NULL;
 END $$;
 
+CREATE OR REPLACE FUNCTION tollerchat_messages_moved() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_notify('tollerchat', 'changed ' || channel_id)
+    FROM (SELECT channel_id FROM changed UNION SELECT channel_id FROM moved) AS channel_ids
+    WHERE channel_id IS NOT NULL;
+    RETURN NULL;
+END $$;
+
 CREATE OR REPLACE TRIGGER tollerchat_messages_deleted AFTER DELETE ON messages
     REFERENCING OLD TABLE AS changed
     FOR EACH STATEMENT EXECUTE FUNCTION tollerchat_messages_changed();
 
 CREATE OR REPLACE TRIGGER tollerchat_messages_updated AFTER UPDATE ON messages
-    REFERENCING OLD TABLE AS changed
-    FOR EACH STATEMENT EXECUTE FUNCTION tollerchat_messages_changed();
+    REFERENCING OLD TABLE AS changed NEW TABLE AS moved
+    FOR EACH STATEMENT EXECUTE FUNCTION tollerchat_messages_moved();
 
 CREATE OR REPLACE FUNCTION tollerchat_channel_changed() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
