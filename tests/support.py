@@ -12,6 +12,7 @@ import psycopg2
 from aiohttp import web
 
 from tollerchat import create_app
+from tollerchat.app import RUNNER_OPTIONS
 from tollerchat.database import read_schema
 
 SECRET = "a secret that is long enough for HS256"
@@ -165,7 +166,7 @@ class Server:
     @classmethod
     @contextlib.asynccontextmanager
     async def run(cls, config, *, app=None, prefix="", port=0):
-        runner = web.AppRunner(app or create_app(config), shutdown_timeout=1)
+        runner = web.AppRunner(app or create_app(config), shutdown_timeout=1, **RUNNER_OPTIONS)
         await runner.setup()
         try:
             await web.TCPSite(runner, "127.0.0.1", port).start()

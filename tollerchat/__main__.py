@@ -15,7 +15,7 @@ import psycopg2
 from aiohttp import web
 
 from tollerchat import __version__
-from tollerchat.app import create_app, drain
+from tollerchat.app import RUNNER_OPTIONS, create_app, drain
 from tollerchat.auth import issue_token
 from tollerchat.config import Config
 from tollerchat.database import apply_schema
@@ -115,7 +115,7 @@ def _raise_descriptor_limit() -> None:
 async def _serve_until_stopped(config: Config, *, demo: bool) -> None:
     app = create_app(config)
     access_log = logging.getLogger("aiohttp.access") if config.access_log else None
-    runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=1.0, access_log=access_log)
+    runner = web.AppRunner(app, shutdown_timeout=1.0, access_log=access_log, **RUNNER_OPTIONS)
     await runner.setup()
     try:
         site = web.TCPSite(runner, config.host, config.port, backlog=BACKLOG)

@@ -3,7 +3,7 @@
 import asyncio
 
 import msgspec
-from aiohttp import web
+from aiohttp import StreamReader, hdrs, web
 
 from tollerchat.config import Config
 from tollerchat.errors import BadRequest, ChatError, Unavailable
@@ -75,7 +75,7 @@ class MessagesApi:
                 page = messages[:limit]
         except ChatError as exc:
             return error_response(exc)
-        return _json(HistoryPage(page, has_more=len(messages) > limit))
+        return await self._send(request, _json(HistoryPage(page, has_more=len(messages) > limit)))
 
     async def post_message(self, request: web.Request) -> web.StreamResponse:
         """Store and broadcast: 201 with the message, 200 with the original one for a nonce seen before."""
@@ -105,15 +105,44 @@ class MessagesApi:
 
     async def _body(self, request: web.Request) -> str:
         limit = self._config.max_frame_size
-        body = await request.content.read(limit + 1)
-        while len(body) <= limit and (more := await request.content.read(limit + 1)):
-            body += more
+        if request.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity":
+            raise BadRequest("the body must not be compressed: send it without Content-Encoding")
+        try:
+            body = await asyncio.wait_for(_read(request.content, limit + 1), self._config.write_timeout)
+        except asyncio.TimeoutError:
+            raise BadRequest("the body did not come in time") from None
+        except (ConnectionError, web.RequestPayloadError):
+            raise BadRequest("the body is not complete") from None
         if len(body) > limit:
             raise BadRequest(f"the body is larger than {limit} bytes")
         try:
             return body.decode()
         except UnicodeDecodeError:
             raise BadRequest("the body is not UTF-8") from None
+
+    async def _send(self, request: web.Request, response: web.Response) -> web.Response:
+        """Send a large response, unless it is not read."""
+        transport = request.transport
+        try:
+            await response.prepare(request)
+            if transport is not None:
+                transport.set_write_buffer_limits(0)  # it is sent when the kernel has it
+            await asyncio.wait_for(response.write_eof(), self._config.write_timeout)
+        except asyncio.TimeoutError:
+            if transport is not None:
+                transport.abort()
+        except ConnectionError:
+            pass  # it hung up meanwhile, as aiohttp will find out
+        response.body = None  # aiohttp keeps the response until the next request
+        return response
+
+
+async def _read(content: StreamReader, size: int) -> bytes:
+    """All there is, but not much more than `size` bytes."""
+    body = b""
+    while len(body) < size and (more := await content.read(size)):
+        body += more
+    return body
 
 
 def _json(content: msgspec.Struct, status: int = 200) -> web.Response:

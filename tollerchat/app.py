@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator, Coroutine
 from importlib import resources
 from pathlib import Path
+from typing import Any, Final
 
 from aiohttp import web
 
@@ -22,6 +23,7 @@ from tollerchat.tasks import end_tasks
 from tollerchat.writer import MessageWriter
 
 __all__ = (
+    "RUNNER_OPTIONS",
     "bus_key",
     "config_key",
     "create_app",
@@ -44,6 +46,14 @@ tasks_key = web.AppKey("tasks_key", list)  # which run for as long as the server
 
 HEALTH_TIMEOUT = 2.0  # seconds
 
+# For the runner of an application: by aiohttp's defaults, strangers may hold much memory for an hour, and a
+# small request may unpack to gigabytes.
+RUNNER_OPTIONS: Final[dict[str, Any]] = {
+    "auto_decompress": False,
+    "keepalive_timeout": 30.0,  # seconds, also to send a whole request
+    "max_headers": 64,
+}
+
 # The page needs no more than its own files and its own server.
 _CSP = "default-src 'self'; connect-src 'self' ws: wss:; frame-ancestors 'self'; base-uri 'none'"
 
@@ -57,6 +67,7 @@ def create_app(config: Config) -> web.Application:
     app = web.Application()
     setup(app, config)
     static = Path(str(resources.files("tollerchat").joinpath("static")))
+    files = {path.name for path in static.iterdir()}
 
     async def page(request: web.Request) -> web.StreamResponse:
         return web.FileResponse(static / "index.html", headers={"Content-Security-Policy": _CSP})
@@ -64,9 +75,14 @@ def create_app(config: Config) -> web.Application:
     async def add_slash(request: web.Request) -> web.StreamResponse:
         raise web.HTTPPermanentRedirect(request.path + "/")
 
+    async def file(request: web.Request) -> web.StreamResponse:
+        if (name := request.match_info["name"]) not in files:
+            raise web.HTTPNotFound
+        return web.FileResponse(static / name)
+
     app.router.add_get("/", page)
     app.router.add_get("", add_slash)  # where mounted: the page's links are relative to "/chat/", not "/chat"
-    app.router.add_static("/static", static)
+    app.router.add_get("/static/{name}", file)  # add_static() fails loudly on odd names
     return app
 
 

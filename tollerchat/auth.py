@@ -13,6 +13,7 @@ from tollerchat.protocol import MAX_ID
 
 __all__ = ("Identity", "issue_token", "verify_token")
 
+MAX_REMEMBERED = 2048  # characters of a token
 EXPIRED = "the token has expired: get a new one"
 
 # The contract says nothing about audience, and `sub` is checked below.
@@ -31,7 +32,8 @@ def verify_token(token: str, config: Config) -> Identity:
 
     Raises `Unauthorized`; its text never contains any part of the token.
     """
-    identity = _verify(token, config.jwt_secret, config.jwt_algorithms)
+    verify = _verify if len(token) <= MAX_REMEMBERED else _verify.__wrapped__
+    identity = verify(token, config.jwt_secret, config.jwt_algorithms)
     if identity.expires_at <= time.time():
         raise Unauthorized(EXPIRED)
     return identity
@@ -42,6 +44,7 @@ def verify_token(token: str, config: Config) -> Identity:
 def _verify(token: str, secret: str, algorithms: tuple[str, ...]) -> Identity:
     try:
         claims = jwt.decode(token, secret, algorithms=list(algorithms), options=_OPTIONS)
+        return Identity(_user_id(claims), float(claims.get("exp", math.inf)))
     except jwt.ExpiredSignatureError:
         raise Unauthorized(EXPIRED) from None
     except (jwt.ImmatureSignatureError, jwt.InvalidIssuedAtError):
@@ -52,7 +55,6 @@ def _verify(token: str, secret: str, algorithms: tuple[str, ...]) -> Identity:
         raise Unauthorized("the token's signature does not match: it was made with another secret") from None
     except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
         raise Unauthorized("the token is not a valid JWT") from None
-    return Identity(_user_id(claims), float(claims.get("exp", math.inf)))
 
 
 def _user_id(claims: dict[str, Any]) -> int:

@@ -3,18 +3,33 @@
 import logging
 import re
 
+from aiohttp.http import HttpProcessingError
+
 __all__ = ("hide_tokens",)
 
-_TOKEN = re.compile(r"([?&]token=)[^&\s\"']+")
+# A name with an escape in it may be "token", too.
+_TOKEN = re.compile(r"([?&](?:token|[^=&\s]*%[^=&\s]*)=)[^&\s\"']+|eyJ[\w-]+\.[\w-]+\.[\w-]*")
+
+
+def _hide(text: str) -> str:
+    return _TOKEN.sub(lambda match: (match[1] or "") + "***", text)
 
 
 class _HideTokens(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg = _TOKEN.sub(r"\1***", record.getMessage())
+        record.msg = _hide(record.getMessage())
         record.args = None
         for name in ("first_request_line", "request_header"):  # aiohttp's extras, for structured logs
             if isinstance(value := getattr(record, name, None), str):
-                setattr(record, name, _TOKEN.sub(r"\1***", value))
+                setattr(record, name, _hide(value))
+        if record.exc_info and (error := record.exc_info[1]) is not None:
+            if isinstance(error, HttpProcessingError):
+                # Not our error, and it would quote the request.
+                record.levelno, record.levelname = logging.INFO, "INFO"
+                record.msg += f" ({type(error).__name__})"
+                record.exc_info = record.exc_text = None
+            else:
+                record.exc_text = _hide(logging.Formatter().formatException(record.exc_info))
         return True
 
 
@@ -22,5 +37,6 @@ _filter = _HideTokens()
 
 
 def hide_tokens() -> None:
-    """Keep `?token=` out of aiohttp's access log, whichever application writes it."""
-    logging.getLogger("aiohttp.access").addFilter(_filter)  # adding it again changes nothing
+    """Keep tokens, and what else strangers sent, out of aiohttp's logs, whichever application writes them."""
+    for name in ("aiohttp.access", "aiohttp.server"):
+        logging.getLogger(name).addFilter(_filter)  # adding it again changes nothing

@@ -71,7 +71,7 @@ _PREPARE = f"""
 
 # Errors that may be about a single row of a batch, by class (PostgreSQL's manual, appendix A). Some are final:
 # of data, constraints, routines, views, limits, triggers, policies.
-_REFUSALS = ("0A", "21", "22", "23", "38", "39", "42501", "44", "54", "P0")
+_REFUSALS = ("21", "22", "23", "38", "39", "42501", "44", "54", "P0")
 # Others may pass: conflicts between transactions, objects in use, cancelled queries, internal errors.
 _PASSING = ("40", "55", "57014", "XX")
 
