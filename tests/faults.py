@@ -326,6 +326,19 @@ class Proxy:
                 server.send(b"E" + (4 + len(fields)).to_bytes(4, "big") + fields)
             server.close()
 
+    def refuse(self):
+        """Cut all connections, and refuse new ones, until `listen()`. With TCP only."""
+        self._port = self._listener.getsockname()[1]
+        for task in self._tasks:
+            task.cancel()
+        self._listener.close()
+
+    def listen(self):
+        """Let connections in again."""
+        self._listener = socket.create_server(("127.0.0.1", self._port))
+        self._listener.setblocking(False)
+        self._start(self._accept())
+
     def _start(self, work):
         task = asyncio.ensure_future(work)
         self._tasks.add(task)

@@ -1,10 +1,16 @@
 """The HTTP routes beside the WebSocket: pages of history, and posting."""
 
+import asyncio
+import dataclasses
+import gzip
 import json
+import socket
 
 import pytest
+import yarl
 
-from tests.support import token
+from tests.faults import running
+from tests.support import WAIT, token, until
 
 
 async def get(server, path, user_id=1):
@@ -91,3 +97,46 @@ async def test_posting_again_with_the_same_nonce_gives_the_original(server, data
 async def test_bad_post_is_refused(server, body, code):
     status, answer = await post(server, body)
     assert (status, answer["error"]["code"]) == (400, code)
+
+
+async def test_compressed_body_is_refused(server):
+    """A small one could unpack to gigabytes."""
+    async with server.session.post(
+        f"{server.url}/channels/1/messages",
+        data=gzip.compress(b'{"content": "x"}'),
+        headers={"Authorization": f"Bearer {token()}", "Content-Encoding": "gzip"},
+    ) as response:
+        assert response.status == 400
+        assert "Content-Encoding" in (await response.json())["error"]["message"]
+
+
+async def test_body_that_does_not_come_is_not_waited_for(serve, config):
+    server = await serve(dataclasses.replace(config, write_timeout=0.2))
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    lines = f"Host: a\r\nAuthorization: Bearer {token()}\r\nContent-Length: 100\r\n"
+    writer.write(f'POST /channels/1/messages HTTP/1.1\r\n{lines}\r\n{{"content"'.encode())
+    assert b" 400 " in await asyncio.wait_for(reader.readline(), WAIT)
+    writer.close()
+
+
+async def test_page_that_is_not_read_is_given_up(database):
+    """More of it than the system's own buffers take."""
+    database.insert(*["x" * 100_000] * 100)
+    async with running(database.url, write_timeout=0.5) as server:
+        descriptors = server.descriptors()
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(client, ("127.0.0.1", server.port))
+        request = f"GET /channels/1/messages?limit=100 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token()}\r\n\r\n"
+        await loop.sock_sendall(client, request.encode())
+        await until(lambda: server.descriptors() > descriptors)
+        await until(lambda: server.descriptors() == descriptors)
+        client.close()
+
+
+@pytest.mark.parametrize("name", ["nothing.js", "%00", "..%2f..%2fsetup.cfg", "a" * 5000])
+async def test_files_that_are_not_there_are_not_found(server, name):
+    async with server.session.get(yarl.URL(f"{server.url}/static/{name}", encoded=True)) as response:
+        assert response.status == 404

@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import CLUSTER_VARIABLE
 from tests.faults import Cluster, ServerProcess, in_thread, running
+from tests.raw_client import RawClient
 from tests.soak import Health, Talker, wind_up
 from tests.support import WAIT, psql, token, until
 from tollerchat.saving import LOCK_KEY
@@ -194,6 +195,31 @@ async def test_messages_get_unavailable_in_bounded_time_while_frozen(cluster, pr
             assert frame["type"] == "ack", f"its own message, or an error: {frame}"
             ids.append(frame["message_id"])
         assert ids == [row[0] for row in psql(db_url, "SELECT id FROM messages ORDER BY id")]
+
+
+async def test_queue_of_messages_gets_unavailable_in_bounded_time_while_frozen(
+    cluster, process, session, db_url
+):
+    """More than one batch holds: the last are not to wait for one try of each before them."""
+    clients = [await RawClient.connect(process.port, 1 + n % 5, 2) for n in range(60)]
+    try:
+        for client in clients:
+            while (await client.frame())["type"] != "ready":
+                pass
+        cluster.freeze()
+        try:
+            start = time.monotonic()
+            for client in clients:
+                await client.send(*[{"type": "message", "content": "x"}] * 30)
+            for client in clients:
+                for _ in range(30):
+                    assert (await client.frame())["code"] == "unavailable"
+            assert time.monotonic() - start < BOUND
+        finally:
+            cluster.thaw()
+    finally:
+        for client in clients:
+            client.close()
 
 
 async def test_shutdown_is_over_in_time_while_frozen(cluster, room, process, session, db_url):

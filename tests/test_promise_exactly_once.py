@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
+import re
 import time
 
 import pytest
 
 from tests.checker import Log, check, rows_of
-from tests.faults import Proxy, ServerProcess, in_thread
+from tests.faults import Proxy, ServerProcess, in_thread, running
 from tests.raw_client import RawClient
 from tests.support import SECRET, Template
 from tollerchat import Config, bus
@@ -228,6 +229,40 @@ async def test_database_over_tcp(serve, database):
         assert (await alice.receive())["message_id"] == foreign
         _, history = await server.join(3)
         assert [frame["content"] for frame in history] == ["content of sent", "foreign"]
+
+
+async def test_address_that_refuses_is_not_the_last_one(serve, database):
+    """As where localhost is ::1 too, or the first of a pair of databases is down."""
+    async with Proxy(database.url, tcp=True) as proxy, Proxy(database.url, tcp=True) as dead:
+        dead.refuse()
+        ports = [re.search(r":(\d+)/", url)[1] for url in (dead.url, proxy.url)]
+        name = proxy.url.rsplit("/", 1)[1]
+        db_url = f"postgresql://postgres@/{name}?host=127.0.0.1,127.0.0.1&port={','.join(ports)}"
+        server = await serve(Config(db_url=db_url, jwt_secret=SECRET))
+        alice, _ = await server.join(1)
+        await alice.send_frame(message("sent"))
+        assert len(await answers(alice, 1)) == 1
+
+
+async def test_database_that_refuses_connections_leaves_no_trace(database, session):
+    """uvloop must not go on watching the sockets of attempts that failed."""
+    async with Proxy(database.url, tcp=True) as proxy, running(proxy.url) as server:
+        health = f"{server.url}/health"
+
+        async def answers_with(status):
+            async with session.get(health) as response:
+                return response.status == status
+
+        assert await answers_with(200)
+        for _ in range(3):
+            proxy.refuse()
+            for _ in range(200):
+                assert await answers_with(503)
+            proxy.listen()
+            deadline = time.monotonic() + 2
+            while not await answers_with(200):
+                assert time.monotonic() < deadline
+        assert server.log().count("\n") < 50
 
 
 @pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])

@@ -476,3 +476,16 @@ async def test_one_who_is_slow_to_leave_does_not_keep_what_was_truncated(server,
         slow.close()
         database.insert("new")
         assert (await bob.receive())["content"] == "new"
+
+
+async def test_message_that_is_moved_leaves_one_channel_and_is_in_the_other(server, database):
+    database.insert("one", channel_id=1)
+    (message_id,) = database.insert("moved", channel_id=1)
+    database.insert("two", channel_id=2)
+    watchers = [await server.join(1, 1), await server.join(2, 2)]
+    assert [len(history) for _, history in watchers] == [2, 1]
+    database.execute("UPDATE messages SET channel_id = 2 WHERE id = %s", message_id)
+    for channel_id, contents in ((1, ["one"]), (2, ["moved", "two"])):
+        deadline = time.monotonic() + WAIT
+        while [frame["content"] for frame in (await server.join(3, channel_id))[1]] != contents:
+            assert time.monotonic() < deadline

@@ -1,6 +1,8 @@
 """schema.sql: idempotent, and an upgrade of the original's tables that loses nothing."""
 
 import contextlib
+import re
+import uuid
 
 import psycopg2
 import pytest
@@ -90,3 +92,23 @@ def test_two_transactions_of_one_channel_wait_for_each_other(database):
         database.execute(sql, 2)
         slow.rollback()
     database.execute(sql, 1)
+
+
+def test_sequence_that_hands_out_ids_in_lots_is_mended(database):
+    """Two servers would each have ids of their own to give, and the order would be lost."""
+    database.execute("ALTER SEQUENCE messages_id_seq CACHE 20 INCREMENT 5 CYCLE")
+    database.execute(read_schema())
+    assert database.execute(
+        "SELECT cache_size, increment_by, cycle FROM pg_sequences WHERE sequencename = 'messages_id_seq'"
+    ) == [(1, 1, False)]
+
+
+def test_database_that_is_not_in_utf8_is_refused(database):
+    """Its text could not be read back, or not be compared."""
+    name = f"latin_{uuid.uuid4().hex}"
+    database.execute(f"CREATE DATABASE {name} ENCODING LATIN1 LOCALE 'C' TEMPLATE template0")
+    try:
+        with pytest.raises(psycopg2.errors.RaiseException, match="it must be UTF8"):
+            psql(re.sub(r"/\w+\?", f"/{name}?", database.url), read_schema())
+    finally:
+        database.execute(f"DROP DATABASE {name}")

@@ -1,5 +1,6 @@
 """Tokens: where they may stand, which are accepted, and that no log ever has one."""
 
+import asyncio
 import base64
 import dataclasses
 import json
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support import SECRET, Chatter, token, until
+from tests.support import SECRET, WAIT, Chatter, token, until
 from tollerchat import Config
 from tollerchat.auth import issue_token, verify_token
 from tollerchat.errors import Unauthorized
@@ -170,6 +171,29 @@ async def test_no_log_has_a_token(server, caplog):
     signature = token().rsplit(".", 1)[1]
     assert signature[:10] not in caplog.text
     assert token().split(".")[0] not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "request_text",
+    [
+        "GET /ws/channel/1?token={} x HTTP/1.1\r\nHost: a\r\n\r\n",
+        "GET /ws/channel/1 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {}\0\r\n\r\n",
+        "GET /ws/channel/1?token={} HTTP/9.9\r\nHost: a\r\n\r\n",
+        "GET /health?%74oken={} HTTP/1.1\r\nHost: a\r\n\r\n",
+        "POST /channels/1/messages HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {}\r\nContent-Length: 9\r\n\r\n{{}}",
+    ],
+)
+async def test_no_log_has_a_token_of_a_malformed_request(server, caplog, request_text):
+    caplog.set_level(logging.INFO)
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(request_text.format(token()).encode())
+    writer.write_eof()
+    await asyncio.wait_for(reader.read(), WAIT)
+    writer.close()
+    await asyncio.sleep(0)
+    for part in token().split("."):
+        assert part[:20] not in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 async def test_connection_ends_when_its_token_expires(serve, config):

@@ -1,0 +1,92 @@
+"""A row that the database does not take, for whatever reason, is nobody's business but its sender's."""
+
+import asyncio
+import json
+import time
+
+import pytest
+
+from tests.support import Template, token
+
+pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])
+
+REFUSE = """
+    CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        IF NEW.content LIKE 'bad%%' THEN RAISE SQLSTATE '{}'; END IF;
+        RETURN NEW;
+    END $$;
+    CREATE TRIGGER refuse BEFORE INSERT ON messages FOR EACH ROW EXECUTE FUNCTION refuse()"""
+
+
+@pytest.fixture
+async def store_for_half_a_second(serve, config):
+    return await serve(dataclasses.replace(config, store_timeout=0.5))
+
+
+# A moderator's, a policy's, and of those that may pass: a conflict, a broken trigger, a limit, a cancelled query.
+@pytest.mark.parametrize(
+    ("sqlstate", "code"),
+    [
+        ("P0001", "invalid_content"),
+        ("42501", "invalid_content"),
+        ("21000", "invalid_content"),
+        ("40001", "unavailable"),
+        ("42P01", "unavailable"),
+        ("53400", "unavailable"),
+        ("57014", "unavailable"),
+        ("XX000", "unavailable"),
+    ],
+)
+async def test_row_that_the_database_refuses_holds_up_nobody(
+    store_for_half_a_second, database, sqlstate, code
+):
+    server = store_for_half_a_second
+    (alice, _), (carol, _) = await server.join(1, 1), await server.join(3, 2)
+    database.execute(REFUSE.format(sqlstate))
+    start = time.monotonic()
+    # Both are in one batch, because the connection of the first message takes its time.
+    await asyncio.gather(alice.send("bad", nonce="a"), carol.send("good", nonce="c"))
+    assert (await carol.receive())["type"] == "ack"
+    assert time.monotonic() - start < 0.4
+    frame = await alice.receive()
+    assert (frame["type"], frame["code"], frame["nonce"]) == ("error", code, "a")
+    assert database.contents() == []
+
+
+async def test_post_that_waits_for_a_locked_channel_is_unavailable(serve, config, database):
+    """Not a bad request: it may be sent again."""
+    server = await serve(dataclasses.replace(config, store_timeout=0.2))
+    database.execute(REFUSE.format("55000"))
+    async with server.session.post(
+        f"{server.url}/channels/1/messages",
+        data=json.dumps({"content": "bad"}),
+        headers={"Authorization": f"Bearer {token()}"},
+    ) as response:
+        assert response.status == 503
+        assert response.headers["Retry-After"] == "1"
+
+
+async def test_defaults_of_the_database_do_not_matter(serve, config, database):
+    name = config.db_url.split("/")[3].split("?")[0]
+    for setting in (
+        "synchronous_commit = off",
+        "statement_timeout = '1ms'",
+        "default_transaction_isolation = serializable",
+    ):
+        database.execute(f"ALTER DATABASE {name} SET {setting}")
+    database.execute(
+        """CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM pg_sleep(0.05);
+            NEW.content := concat_ws(' ', current_setting('synchronous_commit'),
+                current_setting('transaction_isolation'), current_setting('statement_timeout'));
+            RETURN NEW;
+        END $$;
+        CREATE TRIGGER note BEFORE INSERT ON messages FOR EACH ROW EXECUTE FUNCTION note()"""
+    )
+    server = await serve(config)
+    alice, _ = await server.join(1)
+    await alice.send("settings")
+    assert (await alice.receive())["type"] == "ack"
+    assert database.contents() == ["on read committed 6s"]
