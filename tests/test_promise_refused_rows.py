@@ -1,6 +1,7 @@
 """A row that the database does not take, for whatever reason, is nobody's business but its sender's."""
 
 import asyncio
+import dataclasses
 import json
 import time
 
