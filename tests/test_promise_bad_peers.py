@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import gzip
 import socket
 import time
 
@@ -197,3 +198,18 @@ async def test_messages_of_one_who_hung_up_wait_their_turn(serve, config, databa
             client.close()  # which the server finds out when it answers
         await until(lambda: len(database.contents()) == 400)
     assert peak < 2 * config.max_in_flight  # it is looked at once for each slice
+
+
+async def test_compressed_request_is_not_unpacked(database, session):
+    """Whoever sends it, wherever to: 200 KB would take most of a second."""
+    bomb = gzip.compress(bytes(200 * 1024 * 1024))
+    async with running(database.url) as server:
+        for path in ("/nowhere", "/channels/1/messages"):
+            cpu = server.cpu()
+            async with session.post(
+                server.url + path, data=bomb, headers={"Content-Encoding": "gzip"}
+            ) as response:
+                assert response.status in (401, 404)
+            async with session.get(f"{server.url}/nowhere"):  # what came with the first is read by now
+                pass
+            assert server.cpu() - cpu < 0.3

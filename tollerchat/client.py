@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from tollerchat.auth import Identity, verify_token
 from tollerchat.config import Config
 from tollerchat.errors import ChatError, InvalidFrame, Unauthorized, Unavailable
+from tollerchat.logs import Seldom
 from tollerchat.outbox import Outbox
 from tollerchat.protocol import (
     PING_FRAME,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ("Client",)
 
 logger = logging.getLogger("tollerchat.client")
+logger.addFilter(Seldom())  # it may be about many at once
 
 TYPING_INTERVAL: Final = 1.0  # seconds
 

@@ -1,11 +1,11 @@
-"""Logging: tokens never reach a log."""
+"""Logging: tokens never reach a log, and nobody can flood it."""
 
 import logging
 import re
 
 from aiohttp.http import HttpProcessingError
 
-__all__ = ("hide_tokens",)
+__all__ = ("Seldom", "hide_tokens")
 
 # A name with an escape in it may be "token", too.
 _TOKEN = re.compile(r"([?&](?:token|[^=&\s]*%[^=&\s]*)=)[^&\s\"']+|eyJ[\w-]+\.[\w-]+\.[\w-]*")
@@ -40,3 +40,23 @@ def hide_tokens() -> None:
     """Keep tokens, and what else strangers sent, out of aiohttp's logs, whichever application writes them."""
     for name in ("aiohttp.access", "aiohttp.server"):
         logging.getLogger(name).addFilter(_filter)  # adding it again changes nothing
+
+
+class Seldom(logging.Filter):
+    """Lets the same message through once a second, and tells how often it was left out."""
+
+    INTERVAL = 1.0  # seconds
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[str, tuple[float, int]] = {}  # message without its arguments -> when, left out since
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        said_at, left_out = self._said.get(record.msg, (0.0, 0))
+        if record.created - said_at < self.INTERVAL:
+            self._said[record.msg] = said_at, left_out + 1
+            return False
+        self._said[record.msg] = record.created, 0
+        if left_out:
+            record.msg, record.args = f"{record.getMessage()} (and {left_out} more like it)", None
+        return True

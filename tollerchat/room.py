@@ -10,6 +10,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from tollerchat.errors import Unavailable
+from tollerchat.logs import Seldom
 from tollerchat.protocol import MAX_BIGINT, OutgoingMessage, encode
 from tollerchat.repository import Repository
 from tollerchat.saving import Saved
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ("PAGE_SIZE", "Page", "Room")
 
 logger = logging.getLogger("tollerchat.room")
+logger.addFilter(Seldom())  # it may be about many at once
 
 # Messages read from the log at a time: a page of the largest ones must stay well under 1 MiB.
 PAGE_SIZE: Final = 64

@@ -13,11 +13,13 @@ from tollerchat.config import Config
 from tollerchat.connection import FAILURES, OPTIONS, ConnectionWatch, connect
 from tollerchat.database import TIME_FORMAT, explain, has_answered, prepare, run_query
 from tollerchat.errors import ChannelBlocked, ChatError, InvalidContent, NonceConflict, NotFound, Unavailable
+from tollerchat.logs import Seldom
 from tollerchat.protocol import OutgoingMessage
 
 __all__ = ("LOCK_KEY", "NewMessage", "SaveResult", "Saved", "Saver")
 
 logger = logging.getLogger("tollerchat.saving")
+logger.addFilter(Seldom())  # it may be about many at once
 
 # First key of the advisory locks, the second is the channel ("toll" in ASCII; schema.sql has it too).
 LOCK_KEY = 0x746F6C6C
