@@ -76,7 +76,7 @@ async def _addresses(dsn: str) -> list[dict[str, Any]]:
         return [parameters]  # then it is libpq that knows
     loop = asyncio.get_running_loop()
     addresses: list[dict[str, Any]] = []
-    failure: OSError | None = None
+    failure = ""
     for host, port in _hosts(parameters):
         place = {**parameters, "host": host, **({"port": port} if port else {})}
         if host[:1] in ("", "/", "@"):  # a Unix socket
@@ -84,18 +84,20 @@ async def _addresses(dsn: str) -> list[dict[str, Any]]:
             continue
         try:
             found = await loop.getaddrinfo(host, None, type=1)
-        except OSError as exc:
-            failure = exc
+        except (OSError, UnicodeError) as exc:
+            failure = f"{host}: {exc}"
         else:
             addresses += ({**place, "hostaddr": sockaddr[0]} for *_, sockaddr in found)
-    if not addresses and failure is not None:
-        raise failure
+    if not addresses:
+        raise OSError(failure)
     return addresses
 
 
 def _hosts(parameters: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Hosts and ports, of which there may be one for all (PostgreSQL's manual, "Specifying Multiple Hosts")."""
     hosts, ports = parameters["host"].split(","), parameters.get("port", "").split(",")
+    if len(ports) not in (1, len(hosts)):
+        raise OSError(f"DB_URL has {len(hosts)} hosts and {len(ports)} ports")
     return zip(hosts, ports * len(hosts) if len(ports) == 1 else ports, strict=True)
 
 
