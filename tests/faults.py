@@ -326,15 +326,22 @@ class Proxy:
                 server.send(b"E" + (4 + len(fields)).to_bytes(4, "big") + fields)
             server.close()
 
-    def refuse(self):
-        """Cut all connections, and refuse new ones, until `listen()`. With TCP only."""
-        self._port = self._listener.getsockname()[1]
-        for task in self._tasks:
+    async def cut(self):
+        """End all connections, and let new ones in."""
+        tasks, self._tasks = self._tasks, set()
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._start(self._accept())
+
+    async def refuse(self):
+        """End all connections, and refuse new ones, until `listen()`. With TCP only."""
+        self._port = self._listener.getsockname()[1]
+        await self.cut()
         self._listener.close()
 
     def listen(self):
-        """Let connections in again."""
+        """Let connections in again. With TCP only."""
         self._listener = socket.create_server(("127.0.0.1", self._port))
         self._listener.setblocking(False)
         self._start(self._accept())

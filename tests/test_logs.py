@@ -1,8 +1,11 @@
 """What is logged when the same thing happens again and again."""
 
 import logging
+import time
 
-from tollerchat.logs import Seldom
+import pytest
+
+from tollerchat.logs import Seldom, hide_tokens
 
 
 def record(text, at, *arguments):
@@ -26,3 +29,30 @@ def test_same_message_is_logged_once_a_second_with_how_often_it_came():
         "user 20 is bad (and 9 more like it)",
         "channel 20 is bad (and 9 more like it)",
     ]
+
+
+@pytest.mark.parametrize("text", ["?%", "?", "&%=", "eyJ", "eyJa.", "?token", "%3f"])
+def test_hiding_tokens_takes_time_in_proportion(text, caplog):
+    """Strangers choose what an access log has of their requests."""
+    hide_tokens()
+    caplog.set_level(logging.INFO, "aiohttp.access")
+    start = time.process_time()
+    logging.getLogger("aiohttp.access").info(text * (100_000 // len(text)))
+    assert time.process_time() - start < 0.5
+
+
+@pytest.mark.parametrize(
+    ("line", "logged"),
+    [
+        ("GET /x?token=a.b.c HTTP/1.1", "GET /x?token=*** HTTP/1.1"),
+        ("GET /x?a=1?&token=a.b.c&b=2 HTTP/1.1", "GET /x?a=1?&token=***&b=2 HTTP/1.1"),
+        ("GET /x?%74oken=abc&after=5 HTTP/1.1", "GET /x?%74oken=***&after=5 HTTP/1.1"),
+        ("GET /x?x=1?token=abc HTTP/1.1", "GET /x?x=1?token=*** HTTP/1.1"),
+        ("GET /eyJhbGciOiJIUzI1NiJ9.eyJ1c2VyX2lkIjoxfQ.c2lnbmF0dXJl HTTP/1.1", "GET /*** HTTP/1.1"),
+    ],
+)
+def test_tokens_are_hidden_and_the_rest_is_not(line, logged, caplog):
+    hide_tokens()
+    caplog.set_level(logging.INFO, "aiohttp.access")
+    logging.getLogger("aiohttp.access").info(line)
+    assert caplog.messages == [logged]

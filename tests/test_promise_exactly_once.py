@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import re
+import socket
 import time
 
+import aiopg
 import pytest
 
 from tests.checker import Log, check, rows_of
@@ -234,7 +236,7 @@ async def test_database_over_tcp(serve, database):
 async def test_address_that_refuses_is_not_the_last_one(serve, database):
     """As where localhost is ::1 too, or the first of a pair of databases is down."""
     async with Proxy(database.url, tcp=True) as proxy, Proxy(database.url, tcp=True) as dead:
-        dead.refuse()
+        await dead.refuse()
         ports = [re.search(r":(\d+)/", url)[1] for url in (dead.url, proxy.url)]
         name = proxy.url.rsplit("/", 1)[1]
         db_url = f"postgresql://postgres@/{name}?host=127.0.0.1,127.0.0.1&port={','.join(ports)}"
@@ -242,6 +244,33 @@ async def test_address_that_refuses_is_not_the_last_one(serve, database):
         alice, _ = await server.join(1)
         await alice.send_frame(message("sent"))
         assert len(await answers(alice, 1)) == 1
+
+
+async def test_address_that_does_not_answer_is_waited_for_once(serve, database):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with Proxy(database.url, tcp=True) as proxy:
+            port, name = re.search(r":(\d+)/(\w+)", proxy.url).groups()
+            ports = f"{silent.getsockname()[1]},{port}"
+            db_url = f"postgresql://postgres@/{name}?host=127.0.0.1,127.0.0.1&port={ports}"
+            server = await serve(Config(db_url=db_url, jwt_secret=SECRET, db_timeout=2))
+            alice, _ = await server.join(1)
+            await alice.send_frame(message("first"))
+            await answers(alice, 1)
+            for n in range(5):
+                await proxy.cut()
+                start = time.monotonic()
+                await alice.send_frame(message(f"{n}"))
+                assert len(await answers(alice, 1)) == 1
+                assert time.monotonic() - start < 0.8
+
+
+async def test_other_pools_of_the_process_are_aiopgs_own(database):
+    name, host = re.search(r"/(\w+)\?host=([^&]+)", database.url).groups()
+    async with (
+        aiopg.create_pool(dbname=name, host=host, user="postgres") as pool,
+        pool.acquire() as connection,
+    ):
+        assert type(connection) is aiopg.Connection
 
 
 async def test_database_that_refuses_connections_leaves_no_trace(database, session):
@@ -255,7 +284,7 @@ async def test_database_that_refuses_connections_leaves_no_trace(database, sessi
 
         assert await answers_with(200)
         for _ in range(3):
-            proxy.refuse()
+            await proxy.refuse()
             for _ in range(200):
                 assert await answers_with(503)
             proxy.listen()

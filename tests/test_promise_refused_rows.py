@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import time
+import uuid
 
 import pytest
 
@@ -25,13 +26,13 @@ async def store_for_half_a_second(serve, config):
     return await serve(dataclasses.replace(config, store_timeout=0.5))
 
 
-# A moderator's, a policy's, and of those that may pass: a conflict, a broken trigger, a limit, a cancelled query.
+# A moderator's, and of those that may pass: a privilege, a conflict, a broken trigger, a limit, a cancelled query.
 @pytest.mark.parametrize(
     ("sqlstate", "code"),
     [
         ("P0001", "invalid_content"),
-        ("42501", "invalid_content"),
         ("21000", "invalid_content"),
+        ("42501", "unavailable"),
         ("40001", "unavailable"),
         ("42P01", "unavailable"),
         ("53400", "unavailable"),
@@ -43,16 +44,57 @@ async def test_row_that_the_database_refuses_holds_up_nobody(
     store_for_half_a_second, database, sqlstate, code
 ):
     server = store_for_half_a_second
-    (alice, _), (carol, _) = await server.join(1, 1), await server.join(3, 2)
+    (alice, _), (bob, _), (carol, _) = [await server.join(*at) for at in ((1, 1), (2, 1), (3, 2))]
     database.execute(REFUSE.format(sqlstate))
     start = time.monotonic()
-    # Both are in one batch, because the connection of the first message takes its time.
-    await asyncio.gather(alice.send("bad", nonce="a"), carol.send("good", nonce="c"))
-    assert (await carol.receive())["type"] == "ack"
+    # All are in one batch, because the connection of the first message takes its time.
+    await asyncio.gather(
+        alice.send("bad", nonce="a"), bob.send("good", nonce="b"), carol.send("good", nonce="c")
+    )
+    assert [(await each.receive())["type"] for each in (bob, carol)] == ["ack", "ack"]
     assert time.monotonic() - start < 0.4
-    frame = await alice.receive()
-    assert (frame["type"], frame["code"], frame["nonce"]) == ("error", code, "a")
-    assert database.contents() == []
+    frames = [await alice.receive() for _ in range(2)]
+    (error,) = [frame for frame in frames if frame["type"] == "error"]
+    assert (error["code"], error["nonce"]) == (code, "a")
+    assert database.contents() == ["good"]
+
+
+@pytest.fixture
+def role(database):
+    """A user of the database who may do no more than the server needs."""
+    name = f"role_{uuid.uuid4().hex}"
+    database.execute(f"CREATE ROLE {name} LOGIN")
+    for kind in ("TABLES", "SEQUENCES"):
+        database.execute(f"GRANT ALL ON ALL {kind} IN SCHEMA public TO {name}")
+    yield name
+    database.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+async def test_row_that_a_policy_forbids_is_refused_for_good(serve, config, database, role):
+    database.execute(
+        """ALTER TABLE messages ENABLE ROW LEVEL SECURITY;
+        CREATE POLICY read ON messages FOR SELECT USING (true);
+        CREATE POLICY write ON messages FOR INSERT WITH CHECK (content <> 'bad')"""
+    )
+    server = await serve(dataclasses.replace(config, db_url=config.db_url.replace("postgres@", f"{role}@")))
+    (alice, _), (carol, _) = await server.join(1, 1), await server.join(3, 2)
+    await asyncio.gather(alice.send("bad"), carol.send("good"))
+    assert (await carol.receive())["type"] == "ack"
+    assert (await alice.receive())["code"] == "invalid_content"
+
+
+async def test_missing_privilege_is_nothing_that_a_sender_did(serve, config, database, role, caplog):
+    """Its clients must not drop their messages, and the operator must be told."""
+    database.execute(f"REVOKE INSERT ON messages FROM {role}")
+    url = config.db_url.replace("postgres@", f"{role}@")
+    server = await serve(dataclasses.replace(config, db_url=url, store_timeout=0.2))
+    alice, _ = await server.join(1)
+    await alice.send("one", nonce="n")
+    assert (await alice.receive())["code"] == "unavailable"
+    assert "permission denied for table messages" in caplog.text
+    database.execute(f"GRANT INSERT ON messages TO {role}")
+    await alice.send("one", nonce="n")
+    assert (await alice.receive())["type"] == "ack"
 
 
 async def test_post_that_waits_for_a_locked_channel_is_unavailable(serve, config, database):

@@ -7,7 +7,7 @@ import psycopg2
 from tests.support import SECRET
 from tollerchat import Config
 from tollerchat.connection import ConnectionWatch
-from tollerchat.errors import ChannelBlocked, Unavailable
+from tollerchat.errors import ChannelLocked, Unavailable
 from tollerchat.saving import NewMessage, Saver
 
 LOCKED = psycopg2.errors.LockNotAvailable()
@@ -50,4 +50,4 @@ async def test_what_follows_a_locked_message_is_not_tried_again_before_it():
     refused = psycopg2.errors.NotNullViolation()
     database = Database(refused, refused, LOCKED, Unavailable("away"))
     results = await database.save(batch(1, 2, 3, 1))
-    assert [type(result) for result in results] == [ChannelBlocked, Unavailable, Unavailable, ChannelBlocked]
+    assert [type(result) for result in results] == [ChannelLocked, Unavailable, Unavailable, ChannelLocked]

@@ -17,6 +17,7 @@ from tollerchat.writer import MessageWriter
 __all__ = ("MessagesApi",)
 
 MAX_LIMIT = 200  # messages of one page
+SLICE = 128 * 1024  # bytes of it that must be read in WRITE_TIMEOUT
 
 
 class HistoryPage(msgspec.Struct):
@@ -75,7 +76,7 @@ class MessagesApi:
                 page = messages[:limit]
         except ChatError as exc:
             return error_response(exc)
-        return await self._send(request, _json(HistoryPage(page, has_more=len(messages) > limit)))
+        return await self._send(request, msgspec.json.encode(HistoryPage(page, len(messages) > limit)))
 
     async def post_message(self, request: web.Request) -> web.StreamResponse:
         """Store and broadcast: 201 with the message, 200 with the original one for a nonce seen before."""
@@ -85,7 +86,7 @@ class MessagesApi:
             poster = Poster()
             self._writer.submit(NewMessage(channel_id, user_id, incoming.content, incoming.nonce), poster)
             # The last try may take some queries; later than that, the writer has failed.
-            bound = self._config.store_timeout + 4 * self._config.db_timeout
+            bound = self._config.store_timeout + 5 * self._config.db_timeout
             answer = await asyncio.wait_for(poster.answer, bound)
         except asyncio.TimeoutError:
             return error_response(
@@ -120,20 +121,24 @@ class MessagesApi:
         except UnicodeDecodeError:
             raise BadRequest("the body is not UTF-8") from None
 
-    async def _send(self, request: web.Request, response: web.Response) -> web.Response:
-        """Send a large response, unless it is not read."""
+    async def _send(self, request: web.Request, body: bytes) -> web.StreamResponse:
+        """Send a large body, for as long as it is read."""
+        response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: "application/json"})
+        response.content_length = len(body)
         transport = request.transport
         try:
             await response.prepare(request)
             if transport is not None:
                 transport.set_write_buffer_limits(0)  # it is sent when the kernel has it
-            await asyncio.wait_for(response.write_eof(), self._config.write_timeout)
+            while len(body) > SLICE:
+                await asyncio.wait_for(response.write(body[:SLICE]), self._config.write_timeout)
+                body = body[SLICE:]
+            await asyncio.wait_for(response.write_eof(body), self._config.write_timeout)
         except asyncio.TimeoutError:
             if transport is not None:
                 transport.abort()
         except ConnectionError:
             pass  # it hung up meanwhile, as aiohttp will find out
-        response.body = None  # aiohttp keeps the response until the next request
         return response
 
 

@@ -1,8 +1,11 @@
 """`connect`: connections to PostgreSQL through aiopg, and what aiopg 1.4 leaves to be desired."""
 
 import asyncio
+import contextlib
 import os
 import select
+import socket
+import threading
 import types
 import weakref
 from collections.abc import Iterator
@@ -14,7 +17,7 @@ import aiopg.pool
 import psycopg2
 from psycopg2.extensions import make_dsn, parse_dsn
 
-__all__ = ("FAILURES", "OPTIONS", "Connection", "ConnectionWatch", "connect")
+__all__ = ("FAILURES", "OPTIONS", "Connection", "ConnectionWatch", "Pool", "connect")
 
 # AssertionError: aiopg, on a broken connection. RuntimeError: uvloop, on a descriptor reused too soon.
 FAILURES = (psycopg2.Error, OSError, asyncio.TimeoutError, AssertionError, RuntimeError)
@@ -44,6 +47,9 @@ class Connection(aiopg.Connection):
             self._waiter = None
 
 
+_answered: dict[str, dict[str, Any]] = {}  # dsn -> the address that answered last: others may be dead
+
+
 async def connect(dsn: str, *, timeout: float, **options: Any) -> Connection:
     """Connect to the first address of the database that answers, within `timeout` seconds.
 
@@ -53,6 +59,7 @@ async def connect(dsn: str, *, timeout: float, **options: Any) -> Connection:
     loop = asyncio.get_running_loop()
     end = loop.time() + timeout
     addresses = await asyncio.wait_for(_addresses(dsn), timeout)
+    addresses.sort(key=lambda address: address != _answered.get(dsn))
     for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
         try:
             connection = Connection(make_dsn(**address), (end - loop.time()) / left, **options)
@@ -62,11 +69,17 @@ async def connect(dsn: str, *, timeout: float, **options: Any) -> Connection:
                 raise
         else:
             connection._timeout = timeout  # of its queries
+            _answered[dsn] = address
             return connection
     raise AssertionError("a name without an address")
 
 
-vars(aiopg.pool)["connect"] = connect
+class Pool(aiopg.Pool):
+    """A pool of such connections; but for `connect`, it is aiopg's."""
+
+    _fill_free_pool: Any = types.FunctionType(
+        aiopg.Pool._fill_free_pool.__code__, {**vars(aiopg.pool), "connect": connect}
+    )
 
 
 async def _addresses(dsn: str) -> list[dict[str, Any]]:
@@ -74,7 +87,6 @@ async def _addresses(dsn: str) -> list[dict[str, Any]]:
     parameters = parse_dsn(dsn)
     if "host" not in parameters or not parameters.keys().isdisjoint(("hostaddr", "service")):
         return [parameters]  # then it is libpq that knows
-    loop = asyncio.get_running_loop()
     addresses: list[dict[str, Any]] = []
     failure = ""
     for host, port in _hosts(parameters):
@@ -83,14 +95,50 @@ async def _addresses(dsn: str) -> list[dict[str, Any]]:
             addresses.append(place)
             continue
         try:
-            found = await loop.getaddrinfo(host, None, type=1)
+            found = await _look_up(host)
         except (OSError, UnicodeError) as exc:
             failure = f"{host}: {exc}"
         else:
-            addresses += ({**place, "hostaddr": sockaddr[0]} for *_, sockaddr in found)
+            addresses += ({**place, "hostaddr": address} for address in found)
     if not addresses:
         raise OSError(failure)
     return addresses
+
+
+_lookups: dict[tuple[asyncio.AbstractEventLoop, str], asyncio.Future[list[str]]] = {}
+
+
+async def _look_up(host: str) -> list[str]:
+    """The addresses of a host, asked for once for all who ask meanwhile. Raises `OSError`, `UnicodeError`.
+
+    Not in the loop's own threads: it would wait for them at its end, as long as a name server may take.
+    """
+    loop = asyncio.get_running_loop()
+    if (answer := _lookups.get((loop, host))) is None:
+        answer = _lookups[loop, host] = loop.create_future()
+        threading.Thread(target=_ask_resolver, args=(loop, host, answer), daemon=True).start()
+    return await asyncio.shield(answer)
+
+
+def _ask_resolver(loop: asyncio.AbstractEventLoop, host: str, answer: "asyncio.Future[list[str]]") -> None:
+    error: Exception | None = None
+    addresses: list[str] = []
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        addresses = [str(sockaddr[0]) for *_, sockaddr in found]
+    except (OSError, UnicodeError) as exc:
+        error = exc
+
+    def tell() -> None:
+        if error is None:
+            answer.set_result(addresses)
+        else:
+            answer.set_exception(error)
+            answer.exception()  # whoever asked may have given up
+
+    del _lookups[loop, host]
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(tell)
 
 
 def _hosts(parameters: dict[str, Any]) -> Iterator[tuple[str, str]]:

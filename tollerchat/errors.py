@@ -4,7 +4,7 @@ from typing import ClassVar
 
 __all__ = (
     "BadRequest",
-    "ChannelBlocked",
+    "ChannelLocked",
     "ChatError",
     "ConfigError",
     "EmptyContent",
@@ -15,6 +15,7 @@ __all__ = (
     "InvalidNonce",
     "NonceConflict",
     "NotFound",
+    "NotStored",
     "Unauthorized",
     "Unavailable",
     "UnknownType",
@@ -72,8 +73,15 @@ class Unavailable(ChatError):
         self.sent = sent
 
 
-class ChannelBlocked(Unavailable):
-    """Nothing can be stored in one channel for now: another transaction holds it, say. The others go on."""
+class ChannelLocked(Unavailable):
+    """Another transaction holds the channel: nothing was stored, and other channels are not concerned."""
+
+
+class NotStored(ChatError):
+    """The database did not take this message, and may do so later; others are not concerned."""
+
+    code = "unavailable"
+    status = 503
 
 
 class NonceConflict(ChatError):

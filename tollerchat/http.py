@@ -16,7 +16,6 @@ from tollerchat.errors import (
     ChatError,
     Forbidden,
     Unauthorized,
-    Unavailable,
     UpgradeRequired,
 )
 from tollerchat.protocol import MAX_BIGINT, MAX_ID, SUBPROTOCOL
@@ -42,7 +41,7 @@ def error_response(error: ChatError) -> web.Response:
         headers = {hdrs.UPGRADE: "websocket", hdrs.CONNECTION: "upgrade"}
     elif isinstance(error, Unauthorized):
         headers[hdrs.WWW_AUTHENTICATE] = "Bearer"
-    elif isinstance(error, Unavailable):
+    elif error.status == 503:
         headers[hdrs.RETRY_AFTER] = "1"
     return web.json_response(body, status=error.status, headers=headers)
 

@@ -7,7 +7,7 @@ from typing import Any
 import aiopg
 
 from tollerchat.config import Config
-from tollerchat.connection import FAILURES, OPTIONS, ConnectionWatch
+from tollerchat.connection import FAILURES, OPTIONS, ConnectionWatch, Pool
 from tollerchat.database import TIME_FORMAT, explain, prepare, run_query
 from tollerchat.errors import ChatError, Forbidden, NotFound, Unavailable
 from tollerchat.protocol import OutgoingMessage
@@ -53,12 +53,14 @@ class Repository:
 
     async def open(self) -> None:
         """Get ready to connect. It connects when first used: a database that is away now may come back."""
-        self._readers = await aiopg.create_pool(
+        self._readers = await Pool.from_pool_fill(
             self._config.db_url,
             minsize=0,
             maxsize=self._config.db_pool_size,
             timeout=self._config.db_timeout,
             on_connect=self._prepare_reader,
+            echo=False,
+            pool_recycle=-1,
             **OPTIONS,
         )
 

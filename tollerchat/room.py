@@ -198,7 +198,7 @@ class Room:
 
     async def _catch_up(self) -> None:
         try:
-            while self.head < self._target:
+            while self._loaded and self.head < self._target:
                 edition, generation = self._edition, self._generation
                 # What is announced from now on may be newer than what is read.
                 target, self._target = self._target, 0

@@ -12,7 +12,15 @@ import psycopg2
 from tollerchat.config import Config
 from tollerchat.connection import FAILURES, OPTIONS, ConnectionWatch, connect
 from tollerchat.database import TIME_FORMAT, explain, has_answered, prepare, run_query
-from tollerchat.errors import ChannelBlocked, ChatError, InvalidContent, NonceConflict, NotFound, Unavailable
+from tollerchat.errors import (
+    ChannelLocked,
+    ChatError,
+    InvalidContent,
+    NonceConflict,
+    NotFound,
+    NotStored,
+    Unavailable,
+)
 from tollerchat.logs import Seldom
 from tollerchat.protocol import OutgoingMessage
 
@@ -73,7 +81,7 @@ _PREPARE = f"""
 
 # Errors that may be about a single row of a batch, by class (PostgreSQL's manual, appendix A). Some are final:
 # of data, constraints, routines, views, limits, triggers, policies.
-_REFUSALS = ("21", "22", "23", "38", "39", "42501", "44", "54", "P0")
+_REFUSALS = ("21", "22", "23", "38", "39", "44", "54", "P0")
 # Others may pass: conflicts between transactions, objects in use, cancelled queries, internal errors.
 _PASSING = ("40", "55", "57014", "XX")
 
@@ -137,7 +145,7 @@ class Saver:
         self, batch: Sequence[NewMessage], channel_ids: Sequence[int]
     ) -> list[SaveResult]:
         """Store what can be: somebody holds channels for long, and the others must not suffer."""
-        error: ChatError = ChannelBlocked("the channel is locked by another transaction")
+        error: ChatError = ChannelLocked("the channel is locked by another transaction")
         if len(channel_ids) == 1:
             return [error] * len(batch)
         try:
@@ -181,7 +189,7 @@ class Saver:
                     assert error is not None
                     results[n] = error
             for n, result in zip(tried, saved, strict=True):
-                if isinstance(result, ChannelBlocked):
+                if isinstance(result, ChannelLocked):
                     stopped[batch[n].channel_id] = result
                 elif isinstance(result, Unavailable):
                     down = Unavailable(str(result))  # the rest was not sent
@@ -238,8 +246,16 @@ def _results(
 
 
 def _is_of_rows(exc: psycopg2.Error) -> bool:
-    """Whether an answer may be about single rows; with a context, it came from within a trigger."""
-    return exc.pgcode.startswith((*_REFUSALS, *_PASSING)) or exc.diag.context is not None
+    """Whether an answer may be about single rows."""
+    if exc.diag.source_function == "PreCommit_Notify":  # the queue of notifications is full
+        return False
+    of_trigger = exc.diag.context is not None
+    return of_trigger or _is_of_policy(exc) or str(exc.pgcode).startswith((*_REFUSALS, *_PASSING))
+
+
+def _is_of_policy(exc: psycopg2.Error) -> bool:
+    # By its code alone, 42501, it could be a privilege that we lack.
+    return bool(exc.diag.source_function == "ExecWithCheckOptions")
 
 
 def _explain_refusal(exc: psycopg2.Error) -> ChatError:
@@ -247,6 +263,6 @@ def _explain_refusal(exc: psycopg2.Error) -> ChatError:
     if isinstance(exc, psycopg2.errors.ForeignKeyViolation):
         return NotFound("the channel or the user does not exist any more")
     logger.warning("the database refused a message: %s", exc.pgcode)
-    if (exc.pgcode or "").startswith(_REFUSALS):
+    if (exc.pgcode or "").startswith(_REFUSALS) or _is_of_policy(exc):
         return InvalidContent("the database refused the message")
-    return ChannelBlocked("the database could not store the message")
+    return NotStored("the database could not store the message")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from tollerchat.config import Config
-from tollerchat.errors import ChannelBlocked, ChatError, Unavailable
+from tollerchat.errors import ChannelLocked, ChatError, Unavailable
 from tollerchat.hub import Hub
 from tollerchat.repository import Repository
 from tollerchat.room import Room
@@ -214,7 +214,7 @@ class MessageWriter:
                 else:
                     committed.setdefault(result.message.channel_id, []).append(result)
             elif self._may_retry(submission, result):
-                if isinstance(result, ChannelBlocked):
+                if isinstance(result, ChannelLocked):
                     self._park(submission)
                 else:
                     retry.append(submission)
