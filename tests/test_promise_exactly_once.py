@@ -7,13 +7,15 @@ import socket
 import time
 
 import aiopg
+import psycopg2
 import pytest
 
 from tests.checker import Log, check, rows_of
 from tests.faults import Proxy, ServerProcess, in_thread, running
 from tests.raw_client import RawClient
-from tests.support import SECRET, Template
+from tests.support import SECRET, Template, until
 from tollerchat import Config, bus
+from tollerchat.app import writer_key
 
 pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])
 
@@ -244,6 +246,27 @@ async def test_address_that_refuses_is_not_the_last_one(serve, database):
         alice, _ = await server.join(1)
         await alice.send_frame(message("sent"))
         assert len(await answers(alice, 1)) == 1
+
+
+async def test_message_of_another_connection_under_a_nonce_in_use_is_not_hidden(server, database):
+    """It reaches the room through the log, while one with other content waits for the database."""
+    alice, _ = await server.join(1)
+    with contextlib.closing(psycopg2.connect(database.url)) as other, other.cursor() as cursor:
+        cursor.execute(
+            "INSERT INTO messages (channel_id, user_id, content, nonce) VALUES (1, 1, 'theirs', 'n'), (1, 1, 'same', 'm')"
+        )
+        await alice.send_frame(message("n", "mine"))
+        await alice.send_frame(message("m", "same"))
+        await until(lambda: server.app[writer_key]._parked)
+        other.commit()
+    frames = [await alice.receive() for _ in range(3)]
+    assert {(frame["type"], frame.get("code"), frame.get("content")) for frame in frames} == {
+        ("error", "nonce_conflict", None),
+        ("ack", None, None),
+        ("message", None, "theirs"),
+    }
+    database.insert("behind it")
+    assert (await alice.receive())["content"] == "behind it"
 
 
 async def test_address_that_does_not_answer_is_waited_for_once(serve, database):

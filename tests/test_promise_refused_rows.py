@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import re
 import time
 import uuid
 
@@ -76,7 +77,7 @@ async def test_row_that_a_policy_forbids_is_refused_for_good(serve, config, data
         CREATE POLICY read ON messages FOR SELECT USING (true);
         CREATE POLICY write ON messages FOR INSERT WITH CHECK (content <> 'bad')"""
     )
-    server = await serve(dataclasses.replace(config, db_url=config.db_url.replace("postgres@", f"{role}@")))
+    server = await serve(dataclasses.replace(config, db_url=re.sub("//[^@]*@", f"//{role}@", config.db_url)))
     (alice, _), (carol, _) = await server.join(1, 1), await server.join(3, 2)
     await asyncio.gather(alice.send("bad"), carol.send("good"))
     assert (await carol.receive())["type"] == "ack"
@@ -86,7 +87,7 @@ async def test_row_that_a_policy_forbids_is_refused_for_good(serve, config, data
 async def test_missing_privilege_is_nothing_that_a_sender_did(serve, config, database, role, caplog):
     """Its clients must not drop their messages, and the operator must be told."""
     database.execute(f"REVOKE INSERT ON messages FROM {role}")
-    url = config.db_url.replace("postgres@", f"{role}@")
+    url = re.sub("//[^@]*@", f"//{role}@", config.db_url)
     server = await serve(dataclasses.replace(config, db_url=url, store_timeout=0.2))
     alice, _ = await server.join(1)
     await alice.send("one", nonce="n")

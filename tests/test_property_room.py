@@ -131,12 +131,12 @@ class FakeRepository:
     async def newest_ids(self, channel_ids):
         return await self._ask(lambda: {1: self._newest()})
 
-    async def ids_of_nonces(self, channel_id, names):
+    async def nonces_of(self, channel_id, message_ids):
         return await self._ask(
             lambda: {
-                (row.user_id, row.nonce): row.message_id
+                row.message_id: row.nonce
                 for row in self.rows
-                if (row.user_id, row.nonce) in names
+                if row.nonce is not None and row.message_id in message_ids
             }
         )
 

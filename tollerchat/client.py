@@ -221,7 +221,7 @@ class Client:
         except Unavailable as exc:
             self.write(error_frame(exc, frame.nonce))
         else:
-            self.outbox.sent(frame.nonce)
+            self.outbox.sent(frame.content, frame.nonce)
 
     def _on_typing(self) -> None:
         now = self._loop.time()

@@ -24,7 +24,16 @@ class Outbox:
     To the `MessageWriter`, it is their sender.
     """
 
-    __slots__ = ("_in_flight", "_max_in_flight", "_nameless", "_socket", "_v1", "own", "unsettled", "user_id")
+    __slots__ = (
+        "_in_flight",
+        "_max_in_flight",
+        "_nameless",
+        "_socket",
+        "_unsettled",
+        "_v1",
+        "own",
+        "user_id",
+    )
 
     def __init__(self, websocket: WebSocket, user_id: int, max_in_flight: int, *, v1: bool) -> None:
         self.user_id = user_id
@@ -33,7 +42,8 @@ class Outbox:
         self._max_in_flight = max_in_flight
         self._in_flight = 0
         self.own: set[int] = set()  # ids of its messages that its cursor has not passed yet
-        self.unsettled: set[str] = set()  # nonces of its messages that may be stored, or may not
+        # Of its messages that may be stored, or may not: nonces, and hashes of the contents.
+        self._unsettled: set[tuple[str, int]] = set()
         self._nameless: list[tuple[str, float]] = []  # contents of such without one, and until when
 
     @property
@@ -41,11 +51,16 @@ class Outbox:
         """Whether as many messages are under way as may be."""
         return self._in_flight >= self._max_in_flight
 
-    def sent(self, nonce: str | None) -> None:
+    @property
+    def awaits(self) -> bool:
+        """Whether messages of its own may come up in the log."""
+        return bool(self._unsettled or self._nameless)
+
+    def sent(self, content: str, nonce: str | None) -> None:
         """A message is under way."""
         self._in_flight += 1
         if nonce is not None:
-            self.unsettled.add(nonce)
+            self._unsettled.add((nonce, hash(content)))
 
     def committed(self, message_id: int) -> None:
         """A message has this id: it is not to be sent to its sender."""
@@ -62,7 +77,7 @@ class Outbox:
     def stored(self, saved: Saved, nonce: str | None) -> None:
         """The message is committed, and the others have it."""
         if nonce is not None:
-            self.unsettled.discard(nonce)
+            self._unsettled.discard((nonce, hash(saved.message.content)))
         if self._v1:
             self._socket.write(encode(AckFrame(nonce, saved.message.message_id, saved.message.created_at)))
         self._answered()
@@ -71,7 +86,7 @@ class Outbox:
         """It is not stored, or, for all we know, may be: then it is remembered, to be recognised in the log."""
         if not isinstance(error, Unavailable):
             if message.nonce is not None:
-                self.unsettled.discard(message.nonce)
+                self._unsettled.discard((message.nonce, hash(message.content)))
         elif error.sent and message.nonce is None:
             self._nameless.append((message.content, time.monotonic() + RECOGNISED_FOR))
         self._socket.write(error_frame(error, message.nonce))
@@ -82,23 +97,28 @@ class Outbox:
             self._socket.read_on()  # it was not read meanwhile
         self._in_flight -= 1
 
-    def recognise(self, messages: Sequence[OutgoingMessage], ids: Mapping[tuple[int, str], int]) -> None:
-        """Find its messages of unknown fate among new ones from the log; `ids` are by user and nonce."""
-        for nonce in list(self.unsettled):
-            if (message_id := ids.get((self.user_id, nonce))) is not None:
-                self.unsettled.discard(nonce)
-                self.own.add(message_id)
-        if not self._nameless:
-            return
-        now = time.monotonic()
-        for message in messages:  # without a nonce, the content has to do
+    def recognise(self, messages: Sequence[OutgoingMessage], nonces: Mapping[int, str]) -> None:
+        """Find its messages of unknown fate among new ones from the log; `nonces` are by message id."""
+        for message in messages:
             if message.user_id != self.user_id or message.message_id in self.own:
                 continue
-            for each in self._nameless:
-                if each[0] == message.content and now < each[1]:
-                    self._nameless.remove(each)
+            if (nonce := nonces.get(message.message_id)) is None:
+                if self._was_nameless(message.content):
                     self.own.add(message.message_id)
-                    break
+            elif (
+                sent := (nonce, hash(message.content))
+            ) in self._unsettled:  # else it is of another connection
+                self._unsettled.remove(sent)
+                self.own.add(message.message_id)
+
+    def _was_nameless(self, content: str) -> bool:
+        """Whether it sent this without a nonce, and does not know what became of it; asked once."""
+        now = time.monotonic()
+        for each in self._nameless:
+            if each[0] == content and now < each[1]:
+                self._nameless.remove(each)
+                return True
+        return False
 
     def others(self, page: Page) -> bytes:
         """The frames of a page without its own ones, and forget those: the cursor passes them."""

@@ -26,9 +26,7 @@ _AFTER = f"""
 _NTH_NEWEST = """
     SELECT id FROM messages WHERE channel_id = %s AND id > %s AND id <= %s
     ORDER BY id DESC OFFSET %s LIMIT 1"""
-_NONCES = """
-    SELECT user_id, nonce, id FROM messages
-    WHERE channel_id = %s AND (user_id, nonce) IN (SELECT * FROM unnest(%s::int[], %s::text[]))"""
+_NONCES = "SELECT id, nonce FROM messages WHERE channel_id = %s AND id = ANY (%s) AND nonce IS NOT NULL"
 _NEWEST = """
     SELECT channel_id, (SELECT max(id) FROM messages WHERE messages.channel_id = asked.channel_id)
     FROM unnest(%s::int[]) AS asked (channel_id)"""
@@ -117,13 +115,9 @@ class Repository:
         rows = await self._read(_NTH_NEWEST, (channel_id, after, until, n))
         return rows[0][0] if rows else None
 
-    async def ids_of_nonces(
-        self, channel_id: int, nonces: Sequence[tuple[int, str]]
-    ) -> dict[tuple[int, str], int]:
-        """The ids of the messages with these users and nonces, as far as they are stored."""
-        parameters = (channel_id, [user_id for user_id, _ in nonces], [nonce for _, nonce in nonces])
-        rows = await self._read(_NONCES, parameters)
-        return {(user_id, nonce): message_id for user_id, nonce, message_id in rows}
+    async def nonces_of(self, channel_id: int, message_ids: list[int]) -> dict[int, str]:
+        """The nonces of these messages, as far as they have one."""
+        return dict(await self._read(_NONCES, (channel_id, message_ids)))
 
     async def newest_ids(self, channel_ids: Iterable[int]) -> dict[int, int]:
         """The newest message id of each channel, 0 for an empty one."""

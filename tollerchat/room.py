@@ -230,11 +230,14 @@ class Room:
 
     async def _recognise(self, messages: Sequence[OutgoingMessage]) -> None:
         """Find the messages of unknown fate among those from the log: their senders must not get them."""
-        outboxes = [client.outbox for client in self.clients if client.outbox is not None]
-        nonces = {(outbox.user_id, nonce) for outbox in outboxes for nonce in outbox.unsettled}
-        ids = await self._repository.ids_of_nonces(self.channel_id, list(nonces)) if nonces else {}
-        for outbox in outboxes:  # one user may have sent it over several connections
-            outbox.recognise(messages, ids)
+        outboxes = [
+            client.outbox for client in self.clients if client.outbox is not None and client.outbox.awaits
+        ]
+        users = {outbox.user_id for outbox in outboxes}
+        if ids := [message.message_id for message in messages if message.user_id in users]:
+            nonces = await self._repository.nonces_of(self.channel_id, ids)
+            for outbox in outboxes:  # one user may have sent it over several connections
+                outbox.recognise(messages, nonces)
 
     def _move_head(self, message_id: int) -> None:
         self.head = message_id
