@@ -140,3 +140,13 @@ async def test_page_that_is_not_read_is_given_up(database):
 async def test_files_that_are_not_there_are_not_found(server, name):
     async with server.session.get(yarl.URL(f"{server.url}/static/{name}", encoded=True)) as response:
         assert response.status == 404
+
+
+async def test_head_of_a_page_has_no_body(server, database):
+    """It would be taken for the next answer."""
+    database.insert("text")
+    async with server.session.head(
+        f"{server.url}/channels/1/messages", headers={"Authorization": f"Bearer {token()}"}
+    ) as response:
+        assert response.status == 405
+    assert (await get(server, "/channels/1/messages"))[0] == 200

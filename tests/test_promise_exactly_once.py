@@ -287,6 +287,33 @@ async def test_address_that_does_not_answer_is_waited_for_once(serve, database):
                 assert time.monotonic() - start < 0.8
 
 
+async def test_first_address_is_asked_again_when_the_second_does_not_serve(serve, database):
+    """As after falling back: it answers, but is read-only."""
+    async with Proxy(database.url, tcp=True) as first, Proxy(database.url, tcp=True) as second:
+        name = second.url.rsplit("/", 1)[1]
+        ports = ",".join(re.search(r":(\d+)/", proxy.url)[1] for proxy in (first, second))
+        server = await serve(
+            Config(
+                db_url=f"postgresql://postgres@/{name}?host=127.0.0.1,127.0.0.1&port={ports}",
+                jwt_secret=SECRET,
+            )
+        )
+        await first.refuse()
+        alice, _ = await server.join(1)
+        await alice.send_frame(message("over the second"))
+        await answers(alice, 1)
+        database.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        await second.cut()
+        first.listen()
+        await alice.send_frame(message("while it is read-only"))
+        await until(lambda: first._reading)
+        database.execute("SET default_transaction_read_only = off")
+        database.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = off")
+        await first.cut()
+        ((_, stored),) = await answers(alice, 1)
+        assert isinstance(stored, int)
+
+
 async def test_other_pools_of_the_process_are_aiopgs_own(database):
     name, host = re.search(r"/(\w+)\?host=([^&]+)", database.url).groups()
     async with (

@@ -130,10 +130,11 @@ class MessagesApi:
             await response.prepare(request)
             if transport is not None:
                 transport.set_write_buffer_limits(0)  # it is sent when the kernel has it
-            while len(body) > SLICE:
-                await asyncio.wait_for(response.write(body[:SLICE]), self._config.write_timeout)
-                body = body[SLICE:]
-            await asyncio.wait_for(response.write_eof(body), self._config.write_timeout)
+            rest = memoryview(body)
+            while len(rest) > SLICE:
+                await asyncio.wait_for(response.write(rest[:SLICE]), self._config.write_timeout)
+                rest = rest[SLICE:]
+            await asyncio.wait_for(response.write_eof(bytes(rest)), self._config.write_timeout)
         except asyncio.TimeoutError:
             if transport is not None:
                 transport.abort()

@@ -105,7 +105,7 @@ def setup(app: web.Application, config: Config) -> None:
     handler = ChatHandler(config, hub, writer)
     app.router.add_get("/ws/channel/{channel_id}", handler.serve_ws, allow_head=False)
     api = MessagesApi(config, repository, hub, writer)
-    app.router.add_get("/channels/{channel_id}/messages", api.get_messages)
+    app.router.add_get("/channels/{channel_id}/messages", api.get_messages, allow_head=False)
     app.router.add_post("/channels/{channel_id}/messages", api.post_message)
     app.router.add_get("/health", health)
     app.cleanup_ctx.append(_parts)

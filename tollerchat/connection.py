@@ -17,7 +17,7 @@ import aiopg.pool
 import psycopg2
 from psycopg2.extensions import make_dsn, parse_dsn
 
-__all__ = ("FAILURES", "OPTIONS", "Connection", "ConnectionWatch", "Pool", "connect")
+__all__ = ("FAILURES", "OPTIONS", "Connection", "ConnectionWatch", "Pool", "connect", "distrust")
 
 # AssertionError: aiopg, on a broken connection. RuntimeError: uvloop, on a descriptor reused too soon.
 FAILURES = (psycopg2.Error, OSError, asyncio.TimeoutError, AssertionError, RuntimeError)
@@ -116,7 +116,11 @@ async def _look_up(host: str) -> list[str]:
     loop = asyncio.get_running_loop()
     if (answer := _lookups.get((loop, host))) is None:
         answer = _lookups[loop, host] = loop.create_future()
-        threading.Thread(target=_ask_resolver, args=(loop, host, answer), daemon=True).start()
+        try:
+            threading.Thread(target=_ask_resolver, args=(loop, host, answer), daemon=True).start()
+        except RuntimeError:
+            del _lookups[loop, host]
+            raise
     return await asyncio.shield(answer)
 
 
@@ -126,7 +130,7 @@ def _ask_resolver(loop: asyncio.AbstractEventLoop, host: str, answer: "asyncio.F
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         addresses = [str(sockaddr[0]) for *_, sockaddr in found]
-    except (OSError, UnicodeError) as exc:
+    except Exception as exc:  # whatever it is, somebody waits for it
         error = exc
 
     def tell() -> None:
@@ -139,6 +143,11 @@ def _ask_resolver(loop: asyncio.AbstractEventLoop, host: str, answer: "asyncio.F
     del _lookups[loop, host]
     with contextlib.suppress(RuntimeError):  # the loop is closed
         loop.call_soon_threadsafe(tell)
+
+
+def distrust(dsn: str) -> None:
+    """The database that was reached does not serve us: try its other addresses, too."""
+    _answered.pop(dsn, None)
 
 
 def _hosts(parameters: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ __all__ = ("Seldom", "hide_tokens")
 # Strangers write what these are applied to: nothing that one of them repeats may begin where it can go on, or
 # their time would grow with the square of the length.
 _QUERY = re.compile(r"([?&]([^=&?\s\"']*)=)[^&?\s\"']+")
-_JWT = re.compile(r"(?<![\w-])eyJ[\w-]+\.[\w-]+\.[\w-]*")
+_JWT = re.compile(r"(?:(?<![\w-])|(?<=%[0-9A-Fa-f]{2}))eyJ[\w-]+\.[\w-]+\.[\w-]*")
 
 
 def _hide(text: str) -> str:
@@ -60,7 +60,7 @@ class Seldom(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         said_at, left_out = self._said.get(record.msg, (0.0, 0))
-        if record.created - said_at < self.INTERVAL:
+        if 0 <= record.created - said_at < self.INTERVAL:
             self._said[record.msg] = said_at, left_out + 1
             return False
         self._said[record.msg] = record.created, 0

@@ -87,7 +87,11 @@ class Outbox:
         if not isinstance(error, Unavailable):
             if message.nonce is not None:
                 self._unsettled.discard((message.nonce, hash(message.content)))
-        elif error.sent and message.nonce is None:
+        elif message.nonce is not None:
+            self._unsettled.add(
+                (message.nonce, hash(message.content))
+            )  # an earlier copy may have been refused
+        elif error.sent:
             self._nameless.append((message.content, time.monotonic() + RECOGNISED_FOR))
         self._socket.write(error_frame(error, message.nonce))
         self._answered()

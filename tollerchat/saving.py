@@ -10,7 +10,7 @@ import msgspec
 import psycopg2
 
 from tollerchat.config import Config
-from tollerchat.connection import FAILURES, OPTIONS, ConnectionWatch, connect
+from tollerchat.connection import FAILURES, OPTIONS, ConnectionWatch, connect, distrust
 from tollerchat.database import TIME_FORMAT, explain, has_answered, prepare, run_query
 from tollerchat.errors import (
     ChannelLocked,
@@ -150,7 +150,7 @@ class Saver:
             return [error] * len(batch)
         try:
             locked = await self._run(_LOCKED, (channel_ids,))
-        except Unavailable as exc:
+        except (Unavailable, psycopg2.Error) as exc:
             raise Unavailable(str(exc)) from exc  # whatever was sent: nothing of the batch is stored
         if locked:
             stopped = {channel_id: error for (channel_id,) in locked}
@@ -204,8 +204,10 @@ class Saver:
                     self._connection = await self._connect()
                 return await run_query(self._cursor, sql, parameters)
             except FAILURES as exc:
-                if has_answered(self._connection, exc) and _is_of_rows(exc):
-                    raise
+                if has_answered(self._connection, exc):
+                    if _is_of_rows(exc):
+                        raise
+                    distrust(self._config.db_url)
                 unavailable = explain(exc, self._connection)
                 if self._connection is not None:
                     self._connection.close()  # whatever its state is, and that of the prepared statement
