@@ -15,7 +15,9 @@ from tests.faults import Proxy, ServerProcess, in_thread, running
 from tests.raw_client import RawClient
 from tests.support import SECRET, Template, until
 from tollerchat import Config, bus
-from tollerchat.app import writer_key
+from tollerchat.app import hub_key, writer_key
+from tollerchat.errors import Unavailable
+from tollerchat.saving import LOCK_KEY
 
 pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])
 
@@ -267,6 +269,31 @@ async def test_message_of_another_connection_under_a_nonce_in_use_is_not_hidden(
     }
     database.insert("behind it")
     assert (await alice.receive())["content"] == "behind it"
+
+
+async def test_answers_without_a_nonce_come_in_the_order_of_the_messages(server, database, monkeypatch):
+    """Also of those that are not taken, because the server stops, or too many wait."""
+    alice, _ = await server.join(1)
+    writer = server.app[writer_key]
+    submit, taken = writer.submit, iter([True, True, False, True])
+
+    def take_some(message, sender):
+        if not next(taken):
+            raise Unavailable("too many")
+        submit(message, sender)
+
+    monkeypatch.setattr(writer, "submit", take_some)
+    with contextlib.closing(psycopg2.connect(database.url)) as other, other.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_xact_lock(%s, 1)", (LOCK_KEY,))
+        for n in range(4):
+            await alice.send(f"m{n}")
+        (client,) = server.app[hub_key].rooms[1].clients
+        await until(lambda: client.outbox is not None and client.outbox.is_refusing)
+        other.rollback()
+    assert [(await alice.receive())["type"] for _ in range(4)] == ["ack", "ack", "error", "error"]
+    await alice.send("m4")
+    assert (await alice.receive())["type"] == "ack"
+    assert database.contents() == ["m0", "m1", "m4"]
 
 
 async def test_address_that_does_not_answer_is_waited_for_once(serve, database):

@@ -217,9 +217,11 @@ class Client:
             self.outbox = Outbox(self._socket, self.user_id, self._config.max_in_flight, v1=self.v1)
         message = NewMessage(self.channel_id, self.user_id, frame.content, frame.nonce)
         try:
+            if self.outbox.is_refusing:
+                raise Unavailable("a message before it was refused: send both again later")
             self._writer.submit(message, self.outbox)
         except Unavailable as exc:
-            self.write(error_frame(exc, frame.nonce))
+            self.outbox.refuse(exc, frame.nonce)
         else:
             self.outbox.sent(frame.content, frame.nonce)
 

@@ -26,6 +26,7 @@ class Outbox:
 
     __slots__ = (
         "_in_flight",
+        "_late",
         "_max_in_flight",
         "_nameless",
         "_socket",
@@ -44,12 +45,20 @@ class Outbox:
         self.own: set[int] = set()  # ids of its messages that its cursor has not passed yet
         # Of its messages that may be stored, or may not: nonces, and hashes of the contents.
         self._unsettled: set[tuple[str, int]] = set()
+        self._late: list[
+            bytes
+        ] = []  # refusals of messages that were not taken, until those before have their answers
         self._nameless: list[tuple[str, float]] = []  # contents of such without one, and until when
 
     @property
     def full(self) -> bool:
         """Whether as many messages are under way as may be."""
-        return self._in_flight >= self._max_in_flight
+        return self._in_flight + len(self._late) >= self._max_in_flight
+
+    @property
+    def is_refusing(self) -> bool:
+        """Whether a message was not taken, and its sender does not know yet: what follows must not overtake it."""
+        return bool(self._late)
 
     @property
     def awaits(self) -> bool:
@@ -61,6 +70,13 @@ class Outbox:
         self._in_flight += 1
         if nonce is not None:
             self._unsettled.add((nonce, hash(content)))
+
+    def refuse(self, error: ChatError, nonce: str | None) -> None:
+        """A message was not taken; it is told in its turn, because without a nonce only the order can tell which."""
+        if self._in_flight:
+            self._late.append(error_frame(error, nonce))
+        else:
+            self._socket.write(error_frame(error, nonce))
 
     def committed(self, message_id: int) -> None:
         """A message has this id: it is not to be sent to its sender."""
@@ -100,6 +116,9 @@ class Outbox:
         if self.full:
             self._socket.read_on()  # it was not read meanwhile
         self._in_flight -= 1
+        if self._late and not self._in_flight:
+            self._socket.write(b"".join(self._late))
+            self._late.clear()
 
     def recognise(self, messages: Sequence[OutgoingMessage], nonces: Mapping[int, str]) -> None:
         """Find its messages of unknown fate among new ones from the log; `nonces` are by message id."""
