@@ -98,7 +98,7 @@ async def test_missing_privilege_is_nothing_that_a_sender_did(serve, config, dat
     assert (await alice.receive())["type"] == "ack"
 
 
-async def test_post_that_waits_for_a_locked_channel_is_unavailable(serve, config, database):
+async def test_post_that_the_database_does_not_take_for_now_is_unavailable(serve, config, database):
     """Not a bad request: it may be sent again."""
     server = await serve(dataclasses.replace(config, store_timeout=0.2))
     database.execute(REFUSE.format("55000"))

@@ -60,11 +60,10 @@ def has_answered(conn: "aiopg.Connection | None", exc: Exception) -> bool:
 
 def explain(exc: Exception, conn: "aiopg.Connection | None") -> Unavailable:
     """What a failure on a connection means; without one, nothing was sent."""
-    if isinstance(exc, psycopg2.errors.InsufficientPrivilege):
-        logger.error("the database refused a query: %s", exc)
-        return Unavailable("the server lacks a privilege in the database")
     if isinstance(exc, psycopg2.ProgrammingError):
         logger.error("the database refused a query: %s", exc)
+        if isinstance(exc, psycopg2.errors.InsufficientPrivilege):
+            return Unavailable("the server lacks a privilege in the database")
         return Unavailable("the database is not set up: run tollerchat init-db")
     if has_answered(conn, exc):
         return Unavailable("the database could not run the query")

@@ -45,9 +45,8 @@ class Outbox:
         self.own: set[int] = set()  # ids of its messages that its cursor has not passed yet
         # Of its messages that may be stored, or may not: nonces, and hashes of the contents.
         self._unsettled: set[tuple[str, int]] = set()
-        self._late: list[
-            bytes
-        ] = []  # refusals of messages that were not taken, until those before have their answers
+        # Refusals of messages that were not taken, until those before have their answers.
+        self._late: list[bytes] = []
         self._nameless: list[tuple[str, float]] = []  # contents of such without one, and until when
 
     @property
@@ -104,9 +103,8 @@ class Outbox:
             if message.nonce is not None:
                 self._unsettled.discard((message.nonce, hash(message.content)))
         elif message.nonce is not None:
-            self._unsettled.add(
-                (message.nonce, hash(message.content))
-            )  # an earlier copy may have been refused
+            # Again: an earlier copy may have been refused, and forgotten.
+            self._unsettled.add((message.nonce, hash(message.content)))
         elif error.sent:
             self._nameless.append((message.content, time.monotonic() + RECOGNISED_FOR))
         self._socket.write(error_frame(error, message.nonce))
@@ -128,9 +126,9 @@ class Outbox:
             if (nonce := nonces.get(message.message_id)) is None:
                 if self._was_nameless(message.content):
                     self.own.add(message.message_id)
-            elif (
-                sent := (nonce, hash(message.content))
-            ) in self._unsettled:  # else it is of another connection
+                continue
+            sent = (nonce, hash(message.content))
+            if sent in self._unsettled:  # else it is of another connection
                 self._unsettled.remove(sent)
                 self.own.add(message.message_id)
 
