@@ -24,12 +24,12 @@ class Database(Saver):
     async def _run(self, sql, parameters):
         if "pg_try" in sql:
             return []  # no channel is locked by another writer: it was a row
-        array, payload, _ = parameters
+        array, payload = parameters
         self.attempts.append([int(number) for number in re.findall(r"\d+", array)])
         if (answer := self._answers.pop(0)) is not None:
             raise answer
         count = payload.count('"content"')
-        return [(n + 1, None, None, "", [0] * len(self.attempts[-1])) for n in range(count)]
+        return [(n + 1, 0, None, None, "") for n in range(count)]
 
 
 def batch(*channel_ids):

@@ -100,7 +100,7 @@ def setup(app: web.Application, config: Config) -> None:
     app[repository_key] = repository
     app[hub_key] = hub
     app[writer_key] = writer
-    app[bus_key] = PostgresBus(config, hub, repository.watch)
+    app[bus_key] = PostgresBus(repository, hub)
     app[tasks_key] = []
     handler = ChatHandler(config, hub, writer)
     app.router.add_get("/ws/channel/{channel_id}", handler.serve_ws, allow_head=False)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 
-import aiopg
-
-from tollerchat.config import Config
-from tollerchat.connection import FAILURES, OPTIONS, ConnectionWatch, connect
-from tollerchat.database import run_query
+from tollerchat.connection import FAILURES, Connection
 from tollerchat.errors import Unavailable
 from tollerchat.hub import Hub
+from tollerchat.repository import Repository
 from tollerchat.tasks import end_tasks
 
 __all__ = ("PostgresBus",)
@@ -33,23 +29,19 @@ class PostgresBus:
     `access <channel>`, `user <user>`, `truncated`.
     """
 
-    def __init__(self, config: Config, hub: Hub, watch: ConnectionWatch) -> None:
-        self._config = config
+    def __init__(self, repository: Repository, hub: Hub) -> None:
+        self._repository = repository
         self._hub = hub
-        self._watch = watch
 
     async def run(self) -> None:
         """Listen, and connect again whenever the connection fails, until cancelled."""
         while True:
             try:
-                connection = await connect(self._config.db_url, timeout=self._config.db_timeout, **OPTIONS)
-                with contextlib.closing(connection):
-                    await self._watch.add(connection)
-                    await _execute(connection, "LISTEN tollerchat")
-                    self._hub.access.remembers = True
-                    # Whatever was notified before is found in the tables.
-                    await self._hub.resync()
-                    await self._listen(connection)
+                connection = await self._repository.listen()
+                self._hub.access.remembers = True
+                # Whatever was notified before is found in the tables.
+                await self._hub.resync()
+                await self._listen(connection)
             except _FAILURES as exc:
                 logger.warning("not listening to the database: %s", str(exc).strip() or type(exc).__name__)
             finally:
@@ -57,16 +49,11 @@ class PostgresBus:
                 self._hub.access.forget()
             await asyncio.sleep(RETRY_DELAY)
 
-    async def _listen(self, connection: aiopg.Connection) -> None:
-        probing = asyncio.create_task(self._probe(connection))
+    async def _listen(self, connection: Connection) -> None:
+        probing = asyncio.create_task(self._probe())
         try:
             while True:
-                # No timeout here: a cancelled get() can lose a notification.
-                payloads = [(await connection.notifies.get()).payload]
-                # Each get() costs aiopg a task; an import may have caused many thousands.
-                while len(payloads) < MAX_AT_ONCE and not connection.notifies.empty():
-                    payloads.append(connection.notifies.get_nowait().payload)
-                for payload in dict.fromkeys(payloads):
+                for payload in dict.fromkeys(await connection.notified(MAX_AT_ONCE)):
                     try:
                         await self._dispatch(payload)
                     except (ValueError, IndexError):  # anybody may notify anything
@@ -74,16 +61,15 @@ class PostgresBus:
         finally:
             await end_tasks(probing)
 
-    async def _probe(self, connection: aiopg.Connection) -> None:
-        """Close a connection that is dead but does not tell; else look for hints that were lost."""
-        try:
-            while True:
-                await asyncio.sleep(PROBE_INTERVAL)
-                await _execute(connection, "SELECT 1")
+    async def _probe(self) -> None:
+        """Find out if the connection is dead but does not tell: then it is closed; else look for lost hints."""
+        while True:
+            await asyncio.sleep(PROBE_INTERVAL)
+            try:
+                await self._repository.probe()
                 await self._hub.compare_with_log()
-        except _FAILURES as exc:
-            logger.warning("the database does not answer: %s", str(exc).strip() or type(exc).__name__)
-            connection.close()
+            except Unavailable as exc:
+                logger.warning("the database does not answer: %s", exc)
 
     async def _dispatch(self, payload: str) -> None:
         verb, *arguments = payload.split()
@@ -101,8 +87,3 @@ class PostgresBus:
             self._hub.user_deleted(int(arguments[0]))
         elif verb == "truncated":
             self._hub.truncated()
-
-
-async def _execute(connection: aiopg.Connection, sql: str) -> None:
-    async with connection.cursor() as cursor:
-        await run_query(cursor, sql, ())

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import select
 import socket
@@ -33,18 +34,55 @@ OPTIONS: Any = {
 
 
 class Connection(aiopg.Connection):
-    """A connection whose queries, when the server cancels them, fail as others do."""
+    """A connection that knows when it is dead, whatever becomes of single queries.
+
+    aiopg gives each query a timer, lets any failed one end the notifications, and takes one that the server
+    cancels for a cancelled task. The timeouts here are kept by a `ConnectionWatch`.
+    """
+
+    _deadline = math.inf  # loop time, of the query
+
+    @staticmethod
+    def _ready(weak_self: "weakref.ref[Any]") -> None:
+        aiopg.Connection._ready(weak_self)
+        if (self := weak_self()) is not None and self.closed:
+            self.close()  # now: its descriptor may soon be another's, and must not be watched
 
     async def _poll(self, waiter: "asyncio.Future[None]", timeout: float) -> None:
-        # aiopg's own would report it to the loop's exception handler, and raise CancelledError.
         self._ready(self._weakref)
+        self._deadline = self._loop.time() + timeout
         try:
-            await asyncio.wait_for(waiter, timeout)
-        except (asyncio.CancelledError, asyncio.TimeoutError):
+            await waiter
+        except asyncio.CancelledError:
             self.close()
             raise
         finally:
+            self._deadline = math.inf
             self._waiter = None
+
+    def _close(self) -> None:
+        super()._close()
+        self._notifies.put_nowait(None)
+
+    async def notified(self, most: int) -> list[str]:
+        """The payloads of up to `most` notifications, as soon as there is one. Raises `psycopg2.Error` at the end.
+
+        Not to be cancelled, which can lose a notification.
+        """
+        notifies = [await self._notifies.get()]
+        while len(notifies) < most and not self._notifies.empty():
+            notifies.append(self._notifies.get_nowait())
+        if None in notifies:
+            raise psycopg2.OperationalError("the connection is closed")
+        return [notify.payload for notify in notifies]
+
+    def check(self) -> None:
+        """Close it if its socket is in error, or its query takes too long."""
+        if self._waiter is not None and self._loop.time() >= self._deadline:
+            self._waiter.set_exception(asyncio.TimeoutError())
+            self.close()
+        elif not self.closed and _is_broken(self._conn.fileno()):
+            self.close()  # whoever waits for it gets an OperationalError
 
 
 _answered: dict[str, dict[str, Any]] = {}  # dsn -> the address that answered last: others may be dead
@@ -62,13 +100,12 @@ async def connect(dsn: str, *, timeout: float, **options: Any) -> Connection:
     addresses.sort(key=lambda address: address != _answered.get(dsn))
     for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
         try:
-            connection = Connection(make_dsn(**address), (end - loop.time()) / left, **options)
-            await connection
+            connection = Connection(make_dsn(**address), timeout, **options)
+            await asyncio.wait_for(connection, (end - loop.time()) / left)
         except FAILURES:
             if left == 1:
                 raise
         else:
-            connection._timeout = timeout  # of its queries
             _answered[dsn] = address
             return connection
     raise AssertionError("a name without an address")
@@ -175,16 +212,16 @@ WATCH_INTERVAL: Final = 0.2  # seconds
 
 
 class ConnectionWatch:
-    """Closes connections whose socket is in error, so that nothing waits for them until it times out.
+    """Closes connections whose socket is in error, so that nothing waits for them, or whose query takes too long.
 
     A server process that dies with our query unread resets the connection. libuv, below uvloop, reports
     that once and then stops to watch the socket; aiopg needs to be called again to see the end.
     """
 
     def __init__(self) -> None:
-        self._connections: weakref.WeakSet[aiopg.Connection] = weakref.WeakSet()
+        self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
-    async def add(self, connection: aiopg.Connection) -> None:
+    async def add(self, connection: Connection) -> None:
         """Watch a connection for as long as it lives. Awaitable, as a pool's `on_connect` must be."""
         self._connections.add(connection)
 
@@ -193,8 +230,7 @@ class ConnectionWatch:
         while True:
             await asyncio.sleep(WATCH_INTERVAL)
             for connection in list(self._connections):
-                if not connection.closed and _is_broken(connection.raw.fileno()):
-                    connection.close()  # whoever waits for it gets an OperationalError
+                connection.check()
 
 
 def _is_broken(descriptor: int) -> bool:

@@ -43,12 +43,7 @@ async def prepare(connection: aiopg.Connection, config: Config) -> None:
 
 async def run_query(cursor: aiopg.Cursor, sql: str, parameters: Any) -> list[tuple[Any, ...]]:
     """Run a query and return its rows, if it has any. Raises one of `FAILURES`."""
-    try:
-        await cursor.execute(sql, parameters)
-    except psycopg2.Error:
-        if cursor.connection.closed:
-            cursor.connection.close()  # now: its descriptor may soon be another's, and must not be watched
-        raise
+    await cursor.execute(sql, parameters)
     rows: list[tuple[Any, ...]] = await cursor.fetchall() if cursor.description else []
     return rows
 

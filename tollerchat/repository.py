@@ -7,7 +7,7 @@ from typing import Any
 import aiopg
 
 from tollerchat.config import Config
-from tollerchat.connection import FAILURES, OPTIONS, ConnectionWatch, Pool
+from tollerchat.connection import FAILURES, OPTIONS, Connection, ConnectionWatch, Pool
 from tollerchat.database import TIME_FORMAT, explain, prepare, run_query
 from tollerchat.errors import ChatError, Forbidden, NotFound, Unavailable
 from tollerchat.protocol import OutgoingMessage
@@ -62,7 +62,7 @@ class Repository:
             **OPTIONS,
         )
 
-    async def _prepare_reader(self, conn: aiopg.Connection) -> None:
+    async def _prepare_reader(self, conn: Connection) -> None:
         await self.watch.add(conn)
         await prepare(conn, self._config)
 
@@ -142,6 +142,16 @@ class Repository:
                 return await run_query(cursor, sql, parameters)
         except FAILURES as exc:
             raise explain(exc, conn) from exc
+
+    # -- what changes ------------------------------------------------------------------------------
+
+    async def listen(self) -> Connection:
+        """A connection that hears the notifications from now on."""
+        return await self._saver.connection()
+
+    async def probe(self) -> None:
+        """Close the connection that listens, and raise `Unavailable`, if it is dead."""
+        await self._saver.ping()
 
     # -- writing -----------------------------------------------------------------------------------
 

@@ -5,12 +5,11 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import aiopg
 import msgspec
 import psycopg2
 
 from tollerchat.config import Config
-from tollerchat.connection import FAILURES, OPTIONS, ConnectionWatch, connect, distrust
+from tollerchat.connection import FAILURES, OPTIONS, Connection, ConnectionWatch, connect, distrust
 from tollerchat.database import TIME_FORMAT, explain, has_answered, prepare, run_query
 from tollerchat.errors import (
     ChannelLocked,
@@ -24,7 +23,7 @@ from tollerchat.errors import (
 from tollerchat.logs import Seldom
 from tollerchat.protocol import OutgoingMessage
 
-__all__ = ("LOCK_KEY", "NewMessage", "SaveResult", "Saved", "Saver")
+__all__ = ("LOCK_KEY", "WRITER_NAME", "NewMessage", "SaveResult", "Saved", "Saver")
 
 logger = logging.getLogger("tollerchat.saving")
 logger.addFilter(Seldom())  # it may be about many at once
@@ -32,17 +31,22 @@ logger.addFilter(Seldom())  # it may be about many at once
 # First key of the advisory locks, the second is the channel ("toll" in ASCII; schema.sql has it too).
 LOCK_KEY = 0x746F6C6C
 
+WRITER_NAME = "tollerchat writer"  # in pg_stat_activity
+
 # One round trip for a batch, and one transaction: first the locks, in sorted order; then, in a statement
 # of its own so that its snapshot has all that was committed under those locks, the rows.
-_SAVE = "EXECUTE tollerchat_lock (%s); EXECUTE tollerchat_save (%s, %s)"
+_SAVE = "EXECUTE tollerchat_lock (%s); EXECUTE tollerchat_save (%s)"
 _SAVE_AT_ONCE = "SET LOCAL lock_timeout = '5ms'; " + _SAVE
 
 _LOCKED = f"""
     SELECT channel_id FROM unnest(%s::int[]) AS asked (channel_id)
     WHERE NOT pg_try_advisory_xact_lock({LOCK_KEY}, channel_id)"""
 
+# In one transaction, so that a server which finds the lock taken may rely on our listening (schema.sql).
+_LISTEN = f"LISTEN tollerchat; SELECT pg_advisory_lock_shared({LOCK_KEY}, -1)"
+
 # The ids are taken here and not by the column's default, so that each row of the answer knows its own.
-# The first row has what each channel had before: main queries do not see what CTEs insert.
+# What a channel had before is told with the first message of each: main queries do not see what CTEs insert.
 _PREPARE = f"""
     SET tollerchat.writer = 'on';
     SET lock_timeout = '100ms';
@@ -52,15 +56,18 @@ _PREPARE = f"""
     WHERE current_setting('synchronous_commit') = 'off';  -- or what is acked would not be safe
     PREPARE tollerchat_lock (int[]) AS
     SELECT pg_advisory_xact_lock({LOCK_KEY}, channel_id) FROM unnest($1) AS sorted (channel_id);
-    PREPARE tollerchat_save (json, int[]) AS
+    PREPARE tollerchat_save (json) AS
     WITH moment AS MATERIALIZED (SELECT clock_timestamp() AS now),
     incoming AS MATERIALIZED (
         SELECT n, new.channel_id, new.user_id, new.content, new.nonce,
             old.id AS old_id, old.content AS old_content, old.created_at AS old_created_at,
-            CASE WHEN old.id IS NULL THEN nextval(%(sequence)s::regclass) END AS id
+            CASE WHEN old.id IS NULL THEN nextval(%(sequence)s::regclass) END AS id,
+            CASE WHEN is_first THEN coalesce((
+                SELECT max(id) FROM messages WHERE messages.channel_id = new.channel_id
+            ), 0) END AS previous
         FROM ROWS FROM (
-            json_to_recordset($1) AS (channel_id int, user_id int, content text, nonce text)
-        ) WITH ORDINALITY AS new (channel_id, user_id, content, nonce, n)
+            json_to_recordset($1) AS (channel_id int, user_id int, content text, nonce text, is_first bool)
+        ) WITH ORDINALITY AS new (channel_id, user_id, content, nonce, is_first, n)
         LEFT JOIN messages AS old
             ON old.channel_id = new.channel_id AND old.user_id = new.user_id AND old.nonce = new.nonce
         ORDER BY n
@@ -68,15 +75,12 @@ _PREPARE = f"""
     stored AS (
         INSERT INTO messages (id, channel_id, user_id, content, nonce, created_at)
         SELECT id, channel_id, user_id, content, nonce, (SELECT now FROM moment)
-        FROM incoming WHERE id IS NOT NULL ORDER BY id
+        FROM incoming WHERE id IS NOT NULL
     )
-    SELECT id, old_id, old_content,
+    SELECT id, previous, old_id, old_content,
         CASE WHEN old_id IS NOT NULL
             THEN to_char(old_created_at AT TIME ZONE 'UTC', {TIME_FORMAT})
-            ELSE (SELECT to_char(now AT TIME ZONE 'UTC', {TIME_FORMAT}) FROM moment) END,
-        CASE WHEN n = 1 THEN ARRAY(
-            SELECT coalesce((SELECT max(id) FROM messages WHERE messages.channel_id = asked.channel_id), 0)
-            FROM unnest($2) WITH ORDINALITY AS asked (channel_id, place) ORDER BY place) END
+            ELSE (SELECT to_char(now AT TIME ZONE 'UTC', {TIME_FORMAT}) FROM moment) END
     FROM incoming ORDER BY n"""
 
 # Errors that may be about a single row of a batch, by class (PostgreSQL's manual, appendix A). Some are final:
@@ -93,6 +97,7 @@ class NewMessage(msgspec.Struct, gc=False):
     user_id: int
     content: str
     nonce: str | None = None
+    is_first: bool = False  # of its channel in its batch; `Saver.save` finds out
 
 
 class Saved(NamedTuple):
@@ -107,18 +112,34 @@ SaveResult = Saved | ChatError
 
 
 class Saver:
-    """Stores messages over one connection, which is kept, because the statements are prepared on it."""
+    """Stores messages over one connection, which is kept, because the statements are prepared on it.
+
+    It is also the one that listens to notifications: those of our own commits then wake nobody.
+    """
 
     def __init__(self, config: Config, watch: ConnectionWatch) -> None:
         self._config = config
         self._watch = watch
-        self._connection: aiopg.Connection | None = None
+        self._connection: Connection | None = None
         self._busy = asyncio.Lock()
 
     def close(self) -> None:
         """Close the connection; it would be made again."""
         if self._connection is not None:
             self._connection.close()
+
+    async def connection(self) -> Connection:
+        """The connection, which listens to notifications. Raises `Unavailable`."""
+        await self.ping()
+        assert self._connection is not None
+        return self._connection
+
+    async def ping(self) -> None:
+        """Close the connection and raise `Unavailable` if it is dead."""
+        try:
+            await self._run("SELECT 1", ())
+        except psycopg2.Error as exc:
+            raise Unavailable("the database could not run the query") from exc
 
     async def save(self, batch: Sequence[NewMessage], sql: str = _SAVE) -> list[SaveResult]:
         """Store a batch in one transaction, and return one result per message, in order.
@@ -127,11 +148,14 @@ class Saver:
         seen before gives the original message, or `NonceConflict` if the content differs; `batch`
         must not have the same nonce of the same user and channel twice.
         """
-        channel_ids = sorted({message.channel_id for message in batch})
-        payload = msgspec.json.encode(batch).decode()
+        seen: set[int] = set()
+        for message in batch:
+            message.is_first = message.channel_id not in seen
+            seen.add(message.channel_id)
+        channel_ids = sorted(seen)
         array = "{" + ",".join(map(str, channel_ids)) + "}"  # psycopg2 would adapt each number by itself
         try:
-            rows = await self._run(sql, (array, payload, array))
+            rows = await self._run(sql, (array, msgspec.json.encode(batch).decode()))
         except psycopg2.errors.LockNotAvailable:
             return await self._save_unlocked(batch, channel_ids)
         except psycopg2.Error as exc:
@@ -139,7 +163,7 @@ class Saver:
                 return [_explain_refusal(exc)]
             half = len(batch) // 2
             return await self._save_parts(batch, [range(half), range(half, len(batch))], {}, sql)
-        return _results(batch, rows, channel_ids)
+        return _results(batch, rows)
 
     async def _save_unlocked(
         self, batch: Sequence[NewMessage], channel_ids: Sequence[int]
@@ -213,14 +237,16 @@ class Saver:
                     self._connection.close()  # whatever its state is, and that of the prepared statement
                 raise unavailable from exc
 
-    async def _connect(self) -> aiopg.Connection:
-        conn = await connect(self._config.db_url, timeout=self._config.db_timeout, **OPTIONS)
+    async def _connect(self) -> Connection:
+        options = {**OPTIONS, "application_name": WRITER_NAME}
+        conn = await connect(self._config.db_url, timeout=self._config.db_timeout, **options)
         try:
             await self._watch.add(conn)
             await prepare(conn, self._config)
             cursor = await conn.cursor()
             ((sequence,),) = await run_query(cursor, "SELECT pg_get_serial_sequence('messages', 'id')", ())
             await run_query(cursor, _PREPARE, {"sequence": sequence})
+            await run_query(cursor, _LISTEN, ())
         except BaseException:
             conn.close()
             raise
@@ -228,13 +254,13 @@ class Saver:
         return conn
 
 
-def _results(
-    batch: Sequence[NewMessage], rows: Sequence[tuple[Any, ...]], channel_ids: Iterable[int]
-) -> list[SaveResult]:
+def _results(batch: Sequence[NewMessage], rows: Sequence[tuple[Any, ...]]) -> list[SaveResult]:
     """Read the answer of `tollerchat_save`."""
     results: list[SaveResult] = []
-    newest = dict(zip(channel_ids, rows[0][4], strict=True))  # as the rows are gone through
-    for new, (message_id, old_id, old_content, created_at, _) in zip(batch, rows, strict=True):
+    newest: dict[int, int] = {}  # by channel, as the rows are gone through
+    for new, (message_id, previous, old_id, old_content, created_at) in zip(batch, rows, strict=True):
+        if new.is_first:
+            newest[new.channel_id] = previous
         if old_id is None:
             stored = OutgoingMessage(new.content, new.user_id, new.channel_id, message_id, created_at)
             results.append(Saved(stored, repeated=False, previous=newest[new.channel_id]))
