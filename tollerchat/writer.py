@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -25,7 +26,8 @@ BATCH_MESSAGES: Final = 500
 BATCH_CHARACTERS: Final = 128 * 1024  # bounds the blob of one commit, and so the buffers of slow clients
 WRITES_PER_MESSAGE: Final = 4  # that take as long as the database needs for the message
 GATHERING: Final = 0.25  # of the time that delivering took, to wait for more
-MAX_GATHERING: Final = 0.005  # seconds
+MIN_GATHERING: Final = 0.0005  # seconds; less is not worth a timer
+MAX_GATHERING: Final = 0.005
 FIRST_RETRY_DELAY: Final = 0.05  # seconds; doubles up to
 LAST_RETRY_DELAY: Final = 0.5
 
@@ -43,7 +45,7 @@ class Sender(Protocol):
 class Submission(NamedTuple):
     message: NewMessage
     sender: Sender
-    deadline: float  # loop time after which it is not tried again
+    deadline: float  # by time.monotonic(); after it, it is not tried again
 
 
 class Commit(NamedTuple):
@@ -69,7 +71,7 @@ class MessageWriter:
         self._idle = asyncio.Event()  # there is nothing to store, and nothing being stored
         self._idle.set()
         self._closed = False
-        self._last_try = float("inf")  # loop time after which nothing is tried any more
+        self._last_try = math.inf  # by time.monotonic(); after it, nothing is tried any more
 
     def submit(self, message: NewMessage, sender: Sender) -> None:
         """Queue a message. Raises `Unavailable` where it cannot wait; else the sender is told in time."""
@@ -77,7 +79,7 @@ class MessageWriter:
             raise Unavailable("the server is shutting down: send it again to another one")
         if len(self._waiting) + self._parked_count >= self._config.max_pending:
             raise Unavailable("too many messages wait for the database: send it again later")
-        deadline = asyncio.get_running_loop().time() + self._config.store_timeout
+        deadline = time.monotonic() + self._config.store_timeout
         self._waiting.append(Submission(message, sender, deadline))
         self._work.set()
         self._idle.clear()
@@ -88,7 +90,7 @@ class MessageWriter:
         After `timeout` seconds nothing is tried any more: the answer is `Unavailable` then.
         """
         self._closed = True
-        self._last_try = asyncio.get_running_loop().time() + timeout
+        self._last_try = time.monotonic() + timeout
         await self._idle.wait()
 
     async def run(self) -> None:
@@ -113,7 +115,7 @@ class MessageWriter:
 
     async def _save(self, batch: list[Submission]) -> list[SaveResult]:
         messages = [submission.message for submission in batch]
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         if now >= self._last_try:
             return [Unavailable("the server is shutting down: send it again to another one")] * len(messages)
         if now >= max(submission.deadline for submission in batch):  # they waited behind others
@@ -150,7 +152,9 @@ class MessageWriter:
         self._hub.end_commit(commit.rooms)
         if following is None:
             # Many clients are written to once for all that comes meanwhile.
-            await asyncio.sleep(min((time.monotonic() - started) * GATHERING, MAX_GATHERING))
+            gathering = (time.monotonic() - started) * GATHERING
+            if gathering > MIN_GATHERING:
+                await asyncio.sleep(min(gathering, MAX_GATHERING))
             following = self._next()
         return following
 
@@ -240,7 +244,7 @@ class MessageWriter:
     def _may_retry(self, submission: Submission, error: ChatError) -> bool:
         """Whether another try is in time, and cannot store the message twice."""
         deadline = min(submission.deadline, self._last_try)
-        if not isinstance(error, Unavailable) or asyncio.get_running_loop().time() >= deadline:
+        if not isinstance(error, Unavailable) or time.monotonic() >= deadline:
             return False
         # Where an answer was lost, only a nonce can tell whether the message is stored.
         return submission.message.nonce is not None or not error.sent
