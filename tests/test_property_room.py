@@ -140,8 +140,8 @@ class FakeRepository:
             }
         )
 
-    async def save_messages(self, batch):
-        return await self._ask(lambda: [self._save(new) for new in batch])
+    async def save_messages(self, batch, heads):
+        return await self._ask(lambda: self._save_all(batch, heads.get(1, 0)))
 
     def _messages(self, condition):
         return [_message(row) for row in self.rows if condition(row)]
@@ -149,13 +149,21 @@ class FakeRepository:
     def _newest(self):
         return self.rows[-1].message_id if self.rows else 0
 
-    def _save(self, new):
+    def _save_all(self, batch, head):
+        unknown = [row.message_id for row in self.rows if row.message_id > head]
+        results = []
+        for new in batch:
+            results.append(self._save(new, max(unknown, default=head)))
+            if not isinstance(results[-1], NonceConflict) and not results[-1].repeated:
+                unknown.append(results[-1].message.message_id)
+        return results
+
+    def _save(self, new, previous):
         for row in self.rows:
             if new.nonce is not None and (row.user_id, row.nonce) == (new.user_id, new.nonce):
                 if row.content != new.content:
                     return NonceConflict("other content")
                 return Saved(_message(row), repeated=True, previous=0)
-        previous = self._newest()
         return Saved(
             _message(self.insert(new.user_id, new.content, new.nonce)), repeated=False, previous=previous
         )

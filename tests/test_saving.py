@@ -29,7 +29,7 @@ class Database(Saver):
         if (answer := self._answers.pop(0)) is not None:
             raise answer
         count = payload.count('"content"')
-        return [(n + 1, 0, None, None, "") for n in range(count)]
+        return [(n + 1, None, None, None, "") for n in range(count)]
 
 
 def batch(*channel_ids):
@@ -38,7 +38,7 @@ def batch(*channel_ids):
 
 async def test_without_a_database_the_parts_of_a_batch_do_not_each_wait_for_it():
     database = Database(LOCKED, None, Unavailable("away", sent=True))
-    first, second, *rest = await database.save(batch(*range(1, 101)))
+    first, second, *rest = await database.save(batch(*range(1, 101)), {})
     assert database.attempts == [list(range(1, 101)), [1], [2]]
     assert first.message.channel_id == 1
     assert second.sent
@@ -49,5 +49,5 @@ async def test_what_follows_a_locked_message_is_not_tried_again_before_it():
     """A batch is halved twice, and the database goes away between two messages of a locked channel."""
     refused = psycopg2.errors.NotNullViolation()
     database = Database(refused, refused, LOCKED, Unavailable("away"))
-    results = await database.save(batch(1, 2, 3, 1))
+    results = await database.save(batch(1, 2, 3, 1), {})
     assert [type(result) for result in results] == [ChannelLocked, Unavailable, Unavailable, ChannelLocked]

@@ -1,7 +1,7 @@
 """`Repository`: messages, channels and users in PostgreSQL, in raw SQL through aiopg."""
 
 import asyncio
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import aiopg
@@ -157,11 +157,11 @@ class Repository:
 
     async def save_message(self, message: NewMessage) -> OutgoingMessage:
         """Store one message and return it as committed. Raises what `save_messages` returns."""
-        (result,) = await self.save_messages([message])
+        (result,) = await self.save_messages([message], {})
         if isinstance(result, ChatError):
             raise result
         return result.message
 
-    async def save_messages(self, batch: Sequence[NewMessage]) -> list[SaveResult]:
+    async def save_messages(self, batch: Sequence[NewMessage], heads: Mapping[int, int]) -> list[SaveResult]:
         """Store a batch in one transaction; one result per message, in order: see `Saver.save`."""
-        return await self._saver.save(batch)
+        return await self._saver.save(batch, heads)

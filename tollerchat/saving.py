@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -46,7 +46,8 @@ _LOCKED = f"""
 _LISTEN = f"LISTEN tollerchat; SELECT pg_advisory_lock_shared({LOCK_KEY}, -1)"
 
 # The ids are taken here and not by the column's default, so that each row of the answer knows its own.
-# What a channel had before is told with the first message of each: main queries do not see what CTEs insert.
+# The first message of each channel asks what was written behind the head that we know, for which the index has an
+# answer at once; main queries do not see what CTEs insert.
 _PREPARE = f"""
     SET tollerchat.writer = 'on';
     SET lock_timeout = '100ms';
@@ -62,12 +63,12 @@ _PREPARE = f"""
         SELECT n, new.channel_id, new.user_id, new.content, new.nonce,
             old.id AS old_id, old.content AS old_content, old.created_at AS old_created_at,
             CASE WHEN old.id IS NULL THEN nextval(%(sequence)s::regclass) END AS id,
-            CASE WHEN is_first THEN coalesce((
-                SELECT max(id) FROM messages WHERE messages.channel_id = new.channel_id
-            ), 0) END AS previous
+            CASE WHEN head IS NOT NULL THEN (
+                SELECT max(id) FROM messages WHERE messages.channel_id = new.channel_id AND id > head
+            ) END AS unknown
         FROM ROWS FROM (
-            json_to_recordset($1) AS (channel_id int, user_id int, content text, nonce text, is_first bool)
-        ) WITH ORDINALITY AS new (channel_id, user_id, content, nonce, is_first, n)
+            json_to_recordset($1) AS (channel_id int, user_id int, content text, nonce text, head bigint)
+        ) WITH ORDINALITY AS new (channel_id, user_id, content, nonce, head, n)
         LEFT JOIN messages AS old
             ON old.channel_id = new.channel_id AND old.user_id = new.user_id AND old.nonce = new.nonce
         ORDER BY n
@@ -77,7 +78,7 @@ _PREPARE = f"""
         SELECT id, channel_id, user_id, content, nonce, (SELECT now FROM moment)
         FROM incoming WHERE id IS NOT NULL
     )
-    SELECT id, previous, old_id, old_content,
+    SELECT id, unknown, old_id, old_content,
         CASE WHEN old_id IS NOT NULL
             THEN to_char(old_created_at AT TIME ZONE 'UTC', {TIME_FORMAT})
             ELSE (SELECT to_char(now AT TIME ZONE 'UTC', {TIME_FORMAT}) FROM moment) END
@@ -97,7 +98,7 @@ class NewMessage(msgspec.Struct, gc=False):
     user_id: int
     content: str
     nonce: str | None = None
-    is_first: bool = False  # of its channel in its batch; `Saver.save` finds out
+    head: int | None = None  # of its channel, in the first of it in a batch; for `Saver.save` alone
 
 
 class Saved(NamedTuple):
@@ -105,7 +106,7 @@ class Saved(NamedTuple):
 
     message: OutgoingMessage
     repeated: bool  # stored by an earlier call, under the same nonce
-    previous: int  # the id that the channel had right before it, 0 if none; if repeated, of no meaning
+    previous: int  # no message of the channel is between this id and its own; if repeated, of no meaning
 
 
 SaveResult = Saved | ChatError
@@ -141,32 +142,38 @@ class Saver:
         except psycopg2.Error as exc:
             raise Unavailable("the database could not run the query") from exc
 
-    async def save(self, batch: Sequence[NewMessage], sql: str = _SAVE) -> list[SaveResult]:
+    async def save(
+        self, batch: Sequence[NewMessage], heads: Mapping[int, int], sql: str = _SAVE
+    ) -> list[SaveResult]:
         """Store a batch in one transaction, and return one result per message, in order.
+
+        `heads` has the newest ids that are known, by channel, as far as any are.
 
         A message that cannot be stored gets its error and leaves the others alone. A nonce that was
         seen before gives the original message, or `NonceConflict` if the content differs; `batch`
         must not have the same nonce of the same user and channel twice.
         """
-        seen: set[int] = set()
+        previous: dict[int, int] = {}
         for message in batch:
-            message.is_first = message.channel_id not in seen
-            seen.add(message.channel_id)
-        channel_ids = sorted(seen)
+            if message.channel_id in previous:
+                message.head = None
+            else:
+                message.head = previous[message.channel_id] = heads.get(message.channel_id, 0)
+        channel_ids = sorted(previous)
         array = "{" + ",".join(map(str, channel_ids)) + "}"  # psycopg2 would adapt each number by itself
         try:
             rows = await self._run(sql, (array, msgspec.json.encode(batch).decode()))
         except psycopg2.errors.LockNotAvailable:
-            return await self._save_unlocked(batch, channel_ids)
+            return await self._save_unlocked(batch, heads, channel_ids)
         except psycopg2.Error as exc:
             if len(batch) == 1:
                 return [_explain_refusal(exc)]
             half = len(batch) // 2
-            return await self._save_parts(batch, [range(half), range(half, len(batch))], {}, sql)
-        return _results(batch, rows)
+            return await self._save_parts(batch, heads, [range(half), range(half, len(batch))], {}, sql)
+        return _results(batch, rows, previous)
 
     async def _save_unlocked(
-        self, batch: Sequence[NewMessage], channel_ids: Sequence[int]
+        self, batch: Sequence[NewMessage], heads: Mapping[int, int], channel_ids: Sequence[int]
     ) -> list[SaveResult]:
         """Store what can be: somebody holds channels for long, and the others must not suffer."""
         error: ChatError = ChannelLocked("the channel is locked by another transaction")
@@ -178,16 +185,17 @@ class Saver:
             raise Unavailable(str(exc)) from exc  # whatever was sent: nothing of the batch is stored
         if locked:
             stopped = {channel_id: error for (channel_id,) in locked}
-            return await self._save_parts(batch, [range(len(batch))], stopped, _SAVE)
+            return await self._save_parts(batch, heads, [range(len(batch))], stopped, _SAVE)
         # It was another lock, of a row maybe: by channel, without waiting so long again for each.
         parts: dict[int, list[int]] = {}
         for n, message in enumerate(batch):
             parts.setdefault(message.channel_id, []).append(n)
-        return await self._save_parts(batch, parts.values(), {}, _SAVE_AT_ONCE)
+        return await self._save_parts(batch, heads, parts.values(), {}, _SAVE_AT_ONCE)
 
     async def _save_parts(
         self,
         batch: Sequence[NewMessage],
+        heads: Mapping[int, int],
         parts: Iterable[Sequence[int]],
         stopped: dict[int, ChatError],
         sql: str,
@@ -202,7 +210,7 @@ class Saver:
         for part in parts:
             tried = [n for n in part if down is None and batch[n].channel_id not in stopped]
             try:
-                saved = await self.save([batch[n] for n in tried], sql) if tried else []
+                saved = await self.save([batch[n] for n in tried], heads, sql) if tried else []
             except Unavailable as exc:  # not of the parts before, which are committed
                 saved = [exc] * len(tried)
             results.update(zip(tried, saved, strict=True))
@@ -254,13 +262,14 @@ class Saver:
         return conn
 
 
-def _results(batch: Sequence[NewMessage], rows: Sequence[tuple[Any, ...]]) -> list[SaveResult]:
-    """Read the answer of `tollerchat_save`."""
+def _results(
+    batch: Sequence[NewMessage], rows: Sequence[tuple[Any, ...]], newest: dict[int, int]
+) -> list[SaveResult]:
+    """Read the answer of `tollerchat_save`; `newest` are the ids by channel, as the rows are gone through."""
     results: list[SaveResult] = []
-    newest: dict[int, int] = {}  # by channel, as the rows are gone through
-    for new, (message_id, previous, old_id, old_content, created_at) in zip(batch, rows, strict=True):
-        if new.is_first:
-            newest[new.channel_id] = previous
+    for new, (message_id, unknown, old_id, old_content, created_at) in zip(batch, rows, strict=True):
+        if unknown is not None:
+            newest[new.channel_id] = unknown
         if old_id is None:
             stored = OutgoingMessage(new.content, new.user_id, new.channel_id, message_id, created_at)
             results.append(Saved(stored, repeated=False, previous=newest[new.channel_id]))

@@ -113,15 +113,16 @@ class MessageWriter:
             return None
         return Commit(batch, self._hub.begin_commit({each.message.channel_id for each in batch}))
 
-    async def _save(self, batch: list[Submission]) -> list[SaveResult]:
-        messages = [submission.message for submission in batch]
+    async def _save(self, commit: Commit) -> list[SaveResult]:
+        messages = [submission.message for submission in commit.batch]
         now = time.monotonic()
         if now >= self._last_try:
             return [Unavailable("the server is shutting down: send it again to another one")] * len(messages)
-        if now >= max(submission.deadline for submission in batch):  # they waited behind others
+        if now >= max(submission.deadline for submission in commit.batch):  # they waited behind others
             return [Unavailable("the database is too slow: send it again later")] * len(messages)
         try:
-            return await self._repository.save_messages(messages)
+            heads = {room.channel_id: room.head for room in commit.rooms}
+            return await self._repository.save_messages(messages, heads)
         except Unavailable as exc:
             logger.warning("%d messages are not stored yet: %s", len(messages), exc)
             return [exc] * len(messages)
@@ -132,13 +133,13 @@ class MessageWriter:
     async def _finish(self, commit: Commit) -> Commit | None:
         """Wait for the database, and deal with its answers; returns what is on its way then."""
         saving, self._saving = self._saving, None
-        results = await (saving or self._save(commit.batch))
+        results = await (saving or self._save(commit))
         following = None
         if self._may_overlap(commit, results):
             # The database works on the next batch while we deliver this one: half of what is under way each.
             limit = min(BATCH_MESSAGES, (len(commit.batch) + len(self._waiting) + 1) // 2)
             if (following := self._next(limit)) is not None:
-                self._saving = asyncio.create_task(self._save(following.batch))
+                self._saving = asyncio.create_task(self._save(following))
                 await asyncio.sleep(0)  # has it sent
         started = time.monotonic()
         try:
