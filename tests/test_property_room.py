@@ -9,6 +9,7 @@ import contextlib
 import json
 import selectors
 import socket
+import types
 from unittest import mock
 
 from hypothesis import HealthCheck, settings
@@ -18,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from tests.checker import Log, Row, check
 from tests.raw_client import client_frame, unframe
 from tests.support import SECRET
-from tollerchat import Config, room
+from tollerchat import Config, room, writer
 from tollerchat.auth import Identity
 from tollerchat.client import Client
 from tollerchat.errors import NonceConflict, Unavailable
@@ -273,10 +274,14 @@ class Peer:
 class Channel(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
-        self.patches = [mock.patch.object(room, "PAGE_SIZE", 2), mock.patch.object(room, "RECENT_FRAMES", 4)]
+        self.loop = Loop()
+        self.patches = [
+            mock.patch.object(room, "PAGE_SIZE", 2),
+            mock.patch.object(room, "RECENT_FRAMES", 4),
+            mock.patch.object(writer, "time", types.SimpleNamespace(monotonic=self.loop.time)),
+        ]
         for patch in self.patches:
             patch.start()
-        self.loop = Loop()
         self.socket = socket.socket()
         self.repository = FakeRepository()
         self.hub = Hub(CONFIG, self.repository)
