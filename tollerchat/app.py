@@ -52,6 +52,7 @@ RUNNER_OPTIONS: Final[dict[str, Any]] = {
     "auto_decompress": False,
     "keepalive_timeout": 30.0,  # seconds, also to send a whole request
     "max_headers": 64,
+    "tcp_keepalive": False,  # the two above end what is silent, and pings do so for WebSockets
 }
 
 # The page needs no more than its own files and its own server.

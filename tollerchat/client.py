@@ -54,7 +54,6 @@ class Client:
         "_cursor",
         "_gap",
         "_hub",
-        "_loop",
         "_next_ping",
         "_next_typing",
         "_ready",
@@ -89,7 +88,6 @@ class Client:
         self._config = config
         self._hub = hub
         self._writer = writer
-        self._loop = asyncio.get_running_loop()
         self._ready = False  # history was sent
         self._gap = False
         self._cursor = 0
@@ -128,14 +126,12 @@ class Client:
     def start(self, websocket: WebSocket) -> None:
         """Send what it missed, and then what is new; take what it sends."""
         self._socket = websocket
-        self._next_ping = self._loop.time() + random.uniform(0.5, 1.0) * self._config.ping_interval
+        self._next_ping = websocket.loop.time() + random.uniform(0.5, 1.0) * self._config.ping_interval
         if self._refusal is not None:
             self.close(*self._refusal)
         if not (websocket.closing or websocket.full) and (page := self._room.since(self._cursor)) is not None:
-            websocket.hold()
             self._send(page)
             self._go_live()
-            websocket.release()
         else:
             self.fall_behind(self._cursor)
         self.read_pump()
@@ -226,7 +222,8 @@ class Client:
             self.outbox.sent(frame.content, frame.nonce)
 
     def _on_typing(self) -> None:
-        now = self._loop.time()
+        assert self._socket is not None
+        now = self._socket.loop.time()
         if now >= self._next_typing:
             self._next_typing = now + TYPING_INTERVAL
             self._room.tell_others(self, encode(OutgoingTyping(self.user_id, self.channel_id)))
@@ -277,7 +274,7 @@ class Client:
         try:
             while not websocket.closing:
                 if websocket.full:
-                    self._writable = self._loop.create_future()
+                    self._writable = websocket.loop.create_future()
                     await self._writable
                 elif (page := self._room.since(self._cursor)) is not None:
                     self._send(page)

@@ -1,6 +1,7 @@
 """`ChatHandler`: from an HTTP request to a `Client`."""
 
-from aiohttp import hdrs, web
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 
 from tollerchat.client import Client
 from tollerchat.config import Config
@@ -33,38 +34,47 @@ class ChatHandler:
     async def serve_ws(self, request: web.Request) -> web.StreamResponse:
         """Check the request and upgrade it. The connection lives on when this has returned."""
         try:
-            headers = handshake(request)
+            accepted, v1 = handshake(request)
             identity = authenticate(request, self._config)
             channel_id = channel_id_of(request)
             after = message_id_of(request, "after")
             check_origin(request, self._config)
-            v1 = hdrs.SEC_WEBSOCKET_PROTOCOL in headers
             client = Client(self._config, self._hub, self._writer, identity, channel_id, v1=v1)
-            response = web.StreamResponse(status=101, headers=headers)
-            await self._upgrade(request, response, client, after)
+            await self._upgrade(request, accepted, client, after)
         except ChatError as exc:
             return error_response(exc)
-        except ConnectionError:
-            pass  # it hung up meanwhile, as aiohttp will find out
-        return response
+        return _Answered(status=101)
 
     async def _upgrade(
-        self, request: web.Request, response: web.StreamResponse, client: Client, after: int | None
+        self, request: web.Request, accepted: bytes, client: Client, after: int | None
     ) -> None:
         try:
             room = await self._hub.register(client)
             # In this order: who loses access from now on is found in the room, and closed.
             await self._hub.access.check(client.channel_id, client.user_id)
             await client.seek(room, after)
-            await response.prepare(request)
-            if request.transport is None:
-                raise ConnectionResetError
+            if request.transport is None:  # it hung up meanwhile
+                await self._hub.unregister(client)
+                return
             websocket = WebSocket(
                 request.transport, client, self._turns, max_size=self._config.max_frame_size
             )
             websocket.take_over(request)
+            websocket.hold()  # the answer and the history are one write
+            websocket.write(accepted)
             client.start(websocket)
+            websocket.release()
         except BaseException:
             client.abort()  # where its connection is ours already
             await self._hub.unregister(client)
             raise
+
+
+class _Answered(web.StreamResponse):
+    """For aiohttp, whose connection it is not any more: the answer is out."""
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        pass

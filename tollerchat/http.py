@@ -32,6 +32,11 @@ __all__ = (
 
 BEARER_PREFIX = "bearer."
 
+_ACCEPTED = (
+    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Accept: %s\r\n"
+)
+
 
 def error_response(error: ChatError) -> web.Response:
     """A refusal as JSON, with its status."""
@@ -65,8 +70,11 @@ def _token(request: web.Request) -> str:
     raise Unauthorized('no token: send "Authorization: Bearer <jwt>", or ?token=<jwt>')
 
 
-def handshake(request: web.Request) -> dict[str, str]:
-    """The headers that accept a WebSocket (RFC 6455, section 4.2). Raises `BadRequest`, `UpgradeRequired`."""
+def handshake(request: web.Request) -> tuple[bytes, bool]:
+    """The response that accepts a WebSocket (RFC 6455, section 4.2), and whether it is of level tollerchat.v1.
+
+    Raises `BadRequest`, `UpgradeRequired`.
+    """
     headers = request.headers
     if headers.get(hdrs.UPGRADE, "").strip().lower() != "websocket":
         raise UpgradeRequired("this is a WebSocket route: connect with ws:// or wss://")
@@ -86,17 +94,14 @@ def handshake(request: web.Request) -> dict[str, str]:
     if not valid:
         raise BadRequest("not a valid WebSocket handshake: Sec-WebSocket-Key must be 16 bytes in base64")
     accept = base64.b64encode(hashlib.sha1(key.encode() + WS_KEY, usedforsecurity=False).digest())
-    accepted: dict[str, str] = {
-        hdrs.UPGRADE: "websocket",
-        hdrs.CONNECTION: "Upgrade",
-        hdrs.SEC_WEBSOCKET_ACCEPT: accept.decode(),
-    }
+    response = _ACCEPTED % accept
     offered = _offered_protocols(request)
-    if SUBPROTOCOL in offered:
-        accepted[hdrs.SEC_WEBSOCKET_PROTOCOL] = SUBPROTOCOL
+    v1 = SUBPROTOCOL in offered
+    if v1:
+        response += b"Sec-WebSocket-Protocol: %s\r\n" % SUBPROTOCOL.encode()
     elif any(protocol.startswith(BEARER_PREFIX) for protocol in offered):
         raise BadRequest(f"a token in Sec-WebSocket-Protocol must come with {SUBPROTOCOL}")
-    return accepted
+    return response + b"\r\n", v1
 
 
 def _offered_protocols(request: web.Request) -> list[str]:

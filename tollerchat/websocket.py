@@ -61,7 +61,6 @@ class WebSocket(asyncio.Protocol):
         "_abort_timer",
         "_closing",
         "_listener",
-        "_loop",
         "_lost",
         "_progress_at",
         "_reader",
@@ -73,6 +72,7 @@ class WebSocket(asyncio.Protocol):
         "full",
         "heard_at",
         "held",
+        "loop",
         "paused",
         "transport",
     )
@@ -80,10 +80,10 @@ class WebSocket(asyncio.Protocol):
     def __init__(
         self, transport: asyncio.Transport, listener: Listener, turns: Turns, *, max_size: int
     ) -> None:
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self.transport = transport
         self.full = False  # the peer reads too slowly
-        self.heard_at = self._loop.time()  # when anything came from the peer
+        self.heard_at = self.loop.time()  # when anything came from the peer
         self._listener = listener
         self._closing = False  # nothing can be written any more
         self.deaf = False  # what the peer sends does not count any more: one of us has sent a close frame
@@ -96,7 +96,7 @@ class WebSocket(asyncio.Protocol):
         self.paused = True  # not reading; aiohttp may have paused it, so it is resumed in any case
         self._progress_at = 0.0  # when the peer was last seen to read, while the buffer is full
         self._taken = 0  # what _bytes_taken() said then
-        frames = _Frames(self, self._loop)
+        frames = _Frames(self, self.loop)
         # aiohttp refuses messages of exactly its limit.
         self._reader = WebSocketReader(frames, max_size + 1, compress=False, decode_text=True)
         transport.set_write_buffer_limits(high=BUFFER_LIMIT)
@@ -104,10 +104,10 @@ class WebSocket(asyncio.Protocol):
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
 
     def take_over(self, request: web.Request) -> None:
-        """Become the protocol of the request's transport, before anything is written to it.
+        """Become the protocol of the request's transport: to answer is left to the caller.
 
-        The response must be prepared, and the handler must return it next. What the peer has sent
-        meanwhile is there for `parse`.
+        The handler must return next, a response that is not to be sent. What the peer has sent meanwhile is
+        there for `parse`.
         """
         handler = request.protocol
         self.transport.set_protocol(self)
@@ -121,7 +121,7 @@ class WebSocket(asyncio.Protocol):
     # -- from the peer -----------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        self.heard_at = self._loop.time()
+        self.heard_at = self.loop.time()
         self._unparsed = self._unparsed + data if self._unparsed else data
         self.read_on()
         if len(self._unparsed) > UNPARSED and not self.paused and not self.transport.is_closing():
@@ -153,7 +153,7 @@ class WebSocket(asyncio.Protocol):
             self._end()
         elif self.paused and not self.transport.is_closing():
             self.paused = False
-            self.heard_at = self._loop.time()  # nothing could be heard meanwhile
+            self.heard_at = self.loop.time()  # nothing could be heard meanwhile
             self.transport.resume_reading()
 
     def read_on(self) -> None:
@@ -241,7 +241,7 @@ class WebSocket(asyncio.Protocol):
         if not self._closing:
             self._closing = True
             self._listener.closing()
-            self._abort_timer = self._loop.call_later(CLOSE_TIMEOUT, self.transport.abort)
+            self._abort_timer = self.loop.call_later(CLOSE_TIMEOUT, self.transport.abort)
 
     def is_stuck(self, now: float, timeout: float) -> bool:
         """Whether the peer, at loop time `now`, has read nothing for `timeout` seconds. Ask regularly."""
@@ -269,11 +269,11 @@ class WebSocket(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.full = True
-        self._taken, self._progress_at = self._bytes_taken(), self._loop.time()
+        self._taken, self._progress_at = self._bytes_taken(), self.loop.time()
 
     def resume_writing(self) -> None:
         self.full = False
-        self.heard_at = self._loop.time()  # reading is a sign of life, too
+        self.heard_at = self.loop.time()  # reading is a sign of life, too
         self._listener.drained()
 
     def connection_lost(self, exc: Exception | None) -> None:
