@@ -97,6 +97,14 @@ CREATE OR REPLACE TRIGGER tollerchat_order BEFORE INSERT ON messages
 -- Notifications: hints to every server process. Payload: a verb and its arguments, see tollerchat/bus.py.
 CREATE OR REPLACE FUNCTION tollerchat_messages_inserted() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
+    -- Every server that listens holds this lock in shared mode. One that gets it for itself has nobody to tell; and
+    -- who begins to listen meanwhile waits for the end of this transaction, and then reads all. Transactions of
+    -- others may take long, so they tell always.
+    IF current_setting('tollerchat.writer', true) = 'on' THEN
+        IF pg_try_advisory_xact_lock(1953459308, -1) THEN
+            RETURN NULL;
+        END IF;
+    END IF;
     -- One notification for many channels; a payload must stay under 8,000 bytes.
     PERFORM pg_notify('tollerchat', 'grown ' || string_agg(entry, ' '))
     FROM (
@@ -107,16 +115,9 @@ BEGIN
     RETURN NULL;
 END $$;
 
--- Every server that listens holds the lock 1953459308, -1 in shared mode. One that gets it alone has nobody to
--- tell; and who begins to listen meanwhile waits for the end of that transaction, and then reads all. Transactions
--- of others may take long, so they tell always.
 CREATE OR REPLACE TRIGGER tollerchat_messages_inserted AFTER INSERT ON messages
     REFERENCING NEW TABLE AS inserted
-    FOR EACH STATEMENT WHEN (CASE
-        WHEN current_setting('tollerchat.writer', true) = 'on' THEN NOT pg_try_advisory_xact_lock(1953459308, -1)
-        ELSE true
-    END)
-    EXECUTE FUNCTION tollerchat_messages_inserted();
+    FOR EACH STATEMENT EXECUTE FUNCTION tollerchat_messages_inserted();
 
 CREATE OR REPLACE FUNCTION tollerchat_messages_changed() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
