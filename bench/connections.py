@@ -153,7 +153,10 @@ def _larger_rooms(bench: Bench, figure: Figure) -> None:
         samples = bench.interleave(
             figure.name, {f"room of {size:,}": lambda size=size: load(size) for size in rooms}
         )
-    loops = {size: _bare_loop(bench, size, room.message) for size in (sizes[0], sizes[-1])}
+    loops = {
+        size: _bare_loop(bench, size, room.message, messages=_messages(size))
+        for size in (sizes[0], sizes[-1])
+    }
     for label, values in samples.items():
         figure.add(label, values)
     for size, values in loops.items():
@@ -167,10 +170,11 @@ def _messages(size: int) -> int:
     return max(5, 40_000 // (size + 100))
 
 
-def _bare_loop(bench: Bench, size: int, message: int) -> list[float]:
+def _bare_loop(bench: Bench, size: int, message: int, *, messages: int, groups: int = 1) -> list[float]:
     """What the system alone makes of so many sockets, whose state does not fit the caches any more."""
-    with SendLoop(size, message) as loop:
-        return [loop.run(_messages(size)) for _ in range(bench.runs)]
+    with SendLoop(size, message, groups=groups) as loop:
+        loop.run(messages)
+        return [loop.run(messages) for _ in range(bench.runs)]
 
 
 def _more_rooms(bench: Bench, figure: Figure) -> None:
@@ -198,6 +202,10 @@ def _more_rooms(bench: Bench, figure: Figure) -> None:
             load()
             label = f"{rooms:,} rooms of {members}"
             samples |= bench.interleave(figure.name, {label: load})
+    for groups in (1, most):
+        label = f"send(2) loop, {groups:,} groups of {members}"
+        loop = _bare_loop(bench, members, room.message, messages=2 * most, groups=groups)
+        figure.add(label, loop)
     for label, values in samples.items():
         figure.add(label, values)
     one, many = samples

@@ -1,12 +1,13 @@
 """What cannot be done for less: a bare loop of send(2), and a bare INSERT through aiopg.
 
-`python -m bench.floors send COUNT SIZE`: takes COUNT connections on PORT; then each byte from the first
-one has SIZE bytes sent to all the others.
+`python -m bench.floors send COUNT SIZE GROUPS`: takes 1 + GROUPS * COUNT connections on PORT; then each byte
+from the first one has SIZE bytes sent to one group of COUNT others, each in turn.
 `python -m bench.floors insert CHANNEL USER SIZE`: each line of standard input, a number, is answered with
 a JSON list of so many durations in seconds.
 """
 
 import asyncio
+import itertools
 import json
 import os
 import socket
@@ -19,13 +20,16 @@ import uvloop
 INSERT = "INSERT INTO messages (channel_id, user_id, content) VALUES (%s, %s, %s) RETURNING id, created_at"
 
 
-def send(count: int, size: int) -> None:
+def send(count: int, size: int, groups: int) -> None:
     data = bytes(size)
     with socket.create_server(("127.0.0.1", int(os.environ["PORT"])), backlog=1024) as listener:
         print("listening", flush=True)
-        control, *others = [listener.accept()[0] for _ in range(count)]
-    while control.recv(1):
-        for each in others:
+        control = listener.accept()[0]
+        others = [[listener.accept()[0] for _ in range(count)] for _ in range(groups)]
+    for group in itertools.cycle(others):
+        if not control.recv(1):
+            break
+        for each in group:
             each.send(data)
 
 

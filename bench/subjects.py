@@ -230,14 +230,14 @@ class Obvious(Server):
 
 
 class SendLoop(Process):
-    """A bare loop of send(2) to `count` connections; its first client has it run once for each byte."""
+    """A bare loop of send(2) to `count` connections, for each byte from its first client; or to groups, in turn."""
 
     name = "send(2) loop"
 
-    def __init__(self, count: int, size: int) -> None:
-        super().__init__("bench.floors", "send", str(count + 1), str(size))
+    def __init__(self, count: int, size: int, *, groups: int = 1) -> None:
+        super().__init__("bench.floors", "send", str(count), str(size), str(groups))
         self.process.stdout.readline()  # it listens
-        sender = self.generator.connect(count + 1)[0].will_send(b"!")
+        sender = self.generator.connect(1 + groups * count)[0].will_send(b"!")
         self._work = functools.partial(self.generator.one_at_a_time, [sender], count * size)
         self._count = count
 
