@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import random
 
+import psycopg2
 import pytest
 
 from tests.checker import Log, check, rows_of
@@ -11,6 +12,7 @@ from tests.faults import Stranger, running
 from tests.raw_client import RawClient
 from tests.soak import Talker, wind_up
 from tests.support import Template, until
+from tollerchat import bus
 from tollerchat.app import hub_key
 
 pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])
@@ -117,3 +119,55 @@ async def test_sender_that_lagged_does_not_get_its_own_messages(server, database
     listening.cancel()
     await asyncio.wait([listening])
     assert check([log], rows_of(database.url)) is None
+
+
+async def test_only_who_has_somebody_to_tell_announces_its_commits(serve, config, database, monkeypatch):
+    """A server alone tells nobody, which costs nobody anything; and a second one is told from its first moment on."""
+    monkeypatch.setattr(bus, "PROBE_INTERVAL", 3600)  # nothing is found by comparison
+    first = await serve(config)
+    alice, _ = await first.join(1)
+    with contextlib.closing(psycopg2.connect(database.url)) as stranger, stranger.cursor() as cursor:
+        stranger.autocommit = True
+        cursor.execute("LISTEN tollerchat")
+        for n in range(20):
+            await alice.send(f"alone {n}")
+            assert (await alice.receive())["type"] == "ack"
+        stranger.poll()
+        assert stranger.notifies == []
+        second = await serve(config)
+        bob, _ = await second.join(2)
+        for n in range(20):
+            await alice.send(f"told {n}")
+            assert (await alice.receive())["type"] == "ack"
+            assert (await bob.receive())["content"] == f"told {n}"
+        stranger.poll()
+        assert len(stranger.notifies) >= 20
+
+
+async def test_server_that_comes_while_another_is_writing_misses_nothing(
+    serve, config, database, monkeypatch
+):
+    monkeypatch.setattr(bus, "PROBE_INTERVAL", 3600)
+    first = await serve(config)
+    alice, _ = await first.join(1)
+    count, done = 0, False
+
+    async def write():
+        nonlocal count
+        while not done:
+            await alice.send(f"{count}")
+            assert (await alice.receive())["type"] == "ack"
+            count += 1
+
+    writing = asyncio.ensure_future(write())
+    await until(lambda: count > 10)
+    for _ in range(3):
+        server = await serve(config)
+        bob, history = await server.join(2, after=0)
+        seen = [int(frame["content"]) for frame in history]
+        goal = count + 30
+        while not seen or seen[-1] < goal:
+            seen.append(int((await bob.receive())["content"]))
+        assert seen == list(range(len(seen)))
+    done = True
+    await writing
