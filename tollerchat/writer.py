@@ -135,7 +135,7 @@ class MessageWriter:
         saving, self._saving = self._saving, None
         results = await (saving or self._save(commit))
         following = None
-        if self._may_overlap(commit, results):
+        if self._waiting and self._may_overlap(commit, results):
             # The database works on the next batch while we deliver this one: half of what is under way each.
             limit = min(BATCH_MESSAGES, (len(commit.batch) + len(self._waiting) + 1) // 2)
             if (following := self._next(limit)) is not None:
