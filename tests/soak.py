@@ -345,7 +345,9 @@ class Soak:
 
     async def fault_connections_terminated(self):
         for _ in range(self._random.randrange(1, 10)):
-            sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'tollerchat%'"
+            sql = (
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'tollerchat'"
+            )
             await in_thread(psql, self._db_url, sql)
             await self._stall(0, 0.2)
 

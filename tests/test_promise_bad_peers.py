@@ -108,7 +108,9 @@ async def test_half_closed_peer_who_reads_nothing_is_closed(database):
 
 async def test_what_is_sent_before_the_upgrade_does_not_silence_the_connection(database):
     """So much that aiohttp stops to read it while the database keeps the request waiting."""
-    waiting = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND application_name LIKE 'tollerchat%'"
+    waiting = (
+        "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND application_name = 'tollerchat'"
+    )
     async with running(database.url) as server:
         with lock(database, "LOCK TABLE messages IN ACCESS EXCLUSIVE MODE"):
             connecting = asyncio.ensure_future(RawClient.connect(server.port, 1, behind=PONG * 4000))

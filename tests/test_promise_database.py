@@ -103,9 +103,7 @@ async def test_kill_of_the_backends_loses_nothing(cluster, room, process, sessio
     for _ in range(2):
         acked = len(room[0][0].acked)
         await until(lambda: len(room[0][0].acked) > acked + 10)  # noqa: B023
-        for (pid,) in psql(
-            db_url, "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'tollerchat%'"
-        ):
+        for (pid,) in psql(db_url, "SELECT pid FROM pg_stat_activity WHERE application_name = 'tollerchat'"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, 9)
     await until(cluster.answers)
@@ -118,7 +116,7 @@ async def test_terminated_connections_lose_nothing(cluster, room, process, sessi
         await until(lambda: len(room[0][0].acked) > acked + 5)  # noqa: B023
         psql(
             db_url,
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'tollerchat%'",
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'tollerchat'",
         )
     await heals(room, process, session, db_url, since=time.monotonic())
 
@@ -141,7 +139,7 @@ async def test_failures_of_queries_and_connections_on_high_descriptors(
         await until(lambda: len(talkers[0].acked) > acked + 5)  # noqa: B023
         psql(
             db_url,
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'tollerchat%'",
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'tollerchat'",
         )
         headers = {"Authorization": f"Bearer {token(5)}"}
         sockets = [await session.ws_connect(f"{process.url}/ws/channel/2", headers=headers) for _ in range(5)]
@@ -261,7 +259,7 @@ def terminate(taken):
     """Cut the server's connections, over one that is ours; false when there are none."""
     with taken[0].cursor() as cursor:
         cursor.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'tollerchat%'"
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'tollerchat'"
         )
         taken[0].commit()
         return cursor.rowcount

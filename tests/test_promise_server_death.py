@@ -155,7 +155,7 @@ async def test_shutdown_answers_what_waits_for_a_database_that_hangs(database, s
         while (await socket.receive_json(timeout=WAIT))["type"] != "ack":
             pass
         backends = database.execute(
-            "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'tollerchat%' AND datname = current_database()"
+            "SELECT pid FROM pg_stat_activity WHERE application_name = 'tollerchat' AND datname = current_database()"
         )
         for (pid,) in backends:
             os.kill(pid, signal.SIGSTOP)

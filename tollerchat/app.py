@@ -52,7 +52,7 @@ RUNNER_OPTIONS: Final[dict[str, Any]] = {
     "auto_decompress": False,
     "keepalive_timeout": 30.0,  # seconds, also to send a whole request
     "max_headers": 64,
-    "tcp_keepalive": False,  # the two above end what is silent, and pings do so for WebSockets
+    "tcp_keepalive": False,  # pings find dead peers sooner
 }
 
 # The page needs no more than its own files and its own server.
@@ -101,7 +101,7 @@ def setup(app: web.Application, config: Config) -> None:
     app[repository_key] = repository
     app[hub_key] = hub
     app[writer_key] = writer
-    app[bus_key] = PostgresBus(repository, hub)
+    app[bus_key] = PostgresBus(config, hub, repository)
     app[tasks_key] = []
     handler = ChatHandler(config, hub, writer)
     app.router.add_get("/ws/channel/{channel_id}", handler.serve_ws, allow_head=False)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 
-from tollerchat.connection import FAILURES, Connection
+from tollerchat.config import Config
+from tollerchat.connection import FAILURES, OPTIONS, Connection, connect
+from tollerchat.database import run_query
 from tollerchat.errors import Unavailable
 from tollerchat.hub import Hub
 from tollerchat.repository import Repository
+from tollerchat.saving import SERVERS_KEY
 from tollerchat.tasks import end_tasks
 
 __all__ = ("PostgresBus",)
@@ -21,6 +25,17 @@ PROBE_INTERVAL = 5.0  # seconds between probes of the connection, which also loo
 
 _FAILURES = (*FAILURES, Unavailable)
 
+_FORGET_DEAD = "DELETE FROM tollerchat_servers WHERE pid NOT IN (SELECT pid FROM pg_stat_activity)"
+
+# In one transaction, under a lock that waits for those of others who do not know of us: they may tell nobody, and
+# what they wrote is found in the tables then. Who comes later tells us.
+_LISTEN = f"""
+    SELECT pg_advisory_xact_lock({SERVERS_KEY}, 0);
+    {_FORGET_DEAD};
+    INSERT INTO tollerchat_servers (id, pid) VALUES (%s, pg_backend_pid())
+    ON CONFLICT (id) DO UPDATE SET pid = EXCLUDED.pid;
+    LISTEN tollerchat"""
+
 
 class PostgresBus:
     """LISTENs to what the triggers of schema.sql notify, and tells the hub.
@@ -29,19 +44,23 @@ class PostgresBus:
     `access <channel>`, `user <user>`, `truncated`.
     """
 
-    def __init__(self, repository: Repository, hub: Hub) -> None:
-        self._repository = repository
+    def __init__(self, config: Config, hub: Hub, repository: Repository) -> None:
+        self._config = config
         self._hub = hub
+        self._repository = repository
 
     async def run(self) -> None:
         """Listen, and connect again whenever the connection fails, until cancelled."""
         while True:
             try:
-                connection = await self._repository.listen()
-                self._hub.access.remembers = True
-                # Whatever was notified before is found in the tables.
-                await self._hub.resync()
-                await self._listen(connection)
+                connection = await connect(self._config.db_url, timeout=self._config.db_timeout, **OPTIONS)
+                with contextlib.closing(connection):
+                    await self._repository.prepare(connection)
+                    await _execute(connection, _LISTEN, (self._repository.server_id,))
+                    self._hub.access.remembers = True
+                    # Whatever was notified before is found in the tables.
+                    await self._hub.resync()
+                    await self._listen(connection)
             except _FAILURES as exc:
                 logger.warning("not listening to the database: %s", str(exc).strip() or type(exc).__name__)
             finally:
@@ -50,7 +69,7 @@ class PostgresBus:
             await asyncio.sleep(RETRY_DELAY)
 
     async def _listen(self, connection: Connection) -> None:
-        probing = asyncio.create_task(self._probe())
+        probing = asyncio.create_task(self._probe(connection))
         try:
             while True:
                 for payload in dict.fromkeys(await connection.notified(MAX_AT_ONCE)):
@@ -61,15 +80,17 @@ class PostgresBus:
         finally:
             await end_tasks(probing)
 
-    async def _probe(self) -> None:
-        """Find out if the connection is dead but does not tell: then it is closed; else look for lost hints."""
-        while True:
-            await asyncio.sleep(PROBE_INTERVAL)
-            try:
-                await self._repository.probe()
+    async def _probe(self, connection: Connection) -> None:
+        """Close a connection that is dead but does not tell; else look for hints that were lost."""
+        try:
+            while True:
+                await asyncio.sleep(PROBE_INTERVAL)
+                await _execute(connection, _FORGET_DEAD)
+                connection.look()
                 await self._hub.compare_with_log()
-            except Unavailable as exc:
-                logger.warning("the database does not answer: %s", exc)
+        except _FAILURES as exc:
+            logger.warning("the database does not answer: %s", str(exc).strip() or type(exc).__name__)
+            connection.close()
 
     async def _dispatch(self, payload: str) -> None:
         verb, *arguments = payload.split()
@@ -87,3 +108,8 @@ class PostgresBus:
             self._hub.user_deleted(int(arguments[0]))
         elif verb == "truncated":
             self._hub.truncated()
+
+
+async def _execute(connection: Connection, sql: str, parameters: tuple[int, ...] = ()) -> None:
+    async with connection.cursor() as cursor:
+        await run_query(cursor, sql, parameters)

@@ -62,7 +62,9 @@ class Config:
     shutdown_timeout: float = _setting(10.0, "seconds for a graceful shutdown", low=0.1)
 
     # Database
-    db_pool_size: int = _setting(8, "connections for reading, beside one for writing", low=1)
+    db_pool_size: int = _setting(
+        8, "connections for reading, beside one for writing and one to listen", low=1
+    )
 
     # Embedded PostgreSQL
     data_dir: str = _setting(".tollerchat", "directory of the embedded PostgreSQL, used without DB_URL")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import math
 import os
 import select
@@ -19,6 +20,8 @@ import psycopg2
 from psycopg2.extensions import make_dsn, parse_dsn
 
 __all__ = ("FAILURES", "OPTIONS", "Connection", "ConnectionWatch", "Pool", "connect", "distrust")
+
+logger = logging.getLogger("tollerchat.connection")
 
 # AssertionError: aiopg, on a broken connection. RuntimeError: uvloop, on a descriptor reused too soon.
 FAILURES = (psycopg2.Error, OSError, asyncio.TimeoutError, AssertionError, RuntimeError)
@@ -61,8 +64,14 @@ class Connection(aiopg.Connection):
             self._waiter = None
 
     def _close(self) -> None:
-        super()._close()
-        self._notifies.put_nowait(None)
+        try:
+            super()._close()
+        finally:
+            self._notifies.put_nowait(None)
+
+    def look(self) -> None:
+        """Take the notifications that came in one packet with an answer: psycopg2 lets them lie until then."""
+        self._ready(self._weakref)
 
     async def notified(self, most: int) -> list[str]:
         """The payloads of up to `most` notifications, as soon as there is one. Raises `psycopg2.Error` at the end.
@@ -79,7 +88,8 @@ class Connection(aiopg.Connection):
     def check(self) -> None:
         """Close it if its socket is in error, or its query takes too long."""
         if self._waiter is not None and self._loop.time() >= self._deadline:
-            self._waiter.set_exception(asyncio.TimeoutError())
+            if not self._waiter.done():
+                self._waiter.set_exception(asyncio.TimeoutError())
             self.close()
         elif not self.closed and _is_broken(self._conn.fileno()):
             self.close()  # whoever waits for it gets an OperationalError
@@ -99,10 +109,13 @@ async def connect(dsn: str, *, timeout: float, **options: Any) -> Connection:
     addresses = await asyncio.wait_for(_addresses(dsn), timeout)
     addresses.sort(key=lambda address: address != _answered.get(dsn))
     for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
+        connection = None
         try:
             connection = Connection(make_dsn(**address), timeout, **options)
             await asyncio.wait_for(connection, (end - loop.time()) / left)
         except FAILURES:
+            if connection is not None:
+                connection.close()
             if left == 1:
                 raise
         else:
@@ -230,7 +243,10 @@ class ConnectionWatch:
         while True:
             await asyncio.sleep(WATCH_INTERVAL)
             for connection in list(self._connections):
-                connection.check()
+                try:
+                    connection.check()
+                except Exception:  # one bad connection must not end this for all
+                    logger.exception("a connection to the database could not be closed")
 
 
 def _is_broken(descriptor: int) -> bool:

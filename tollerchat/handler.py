@@ -71,7 +71,7 @@ class ChatHandler:
 
 
 class _Answered(web.StreamResponse):
-    """For aiohttp, whose connection it is not any more: the answer is out."""
+    """For aiohttp, which has nothing to send any more: the connection is ours, or gone."""
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         return None

@@ -1,6 +1,7 @@
 """`Repository`: messages, channels and users in PostgreSQL, in raw SQL through aiopg."""
 
 import asyncio
+import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from tollerchat.connection import FAILURES, OPTIONS, Connection, ConnectionWatch
 from tollerchat.database import TIME_FORMAT, explain, prepare, run_query
 from tollerchat.errors import ChatError, Forbidden, NotFound, Unavailable
 from tollerchat.protocol import OutgoingMessage
-from tollerchat.saving import NewMessage, Saver, SaveResult
+from tollerchat.saving import SAVE_AND_TELL, NewMessage, Saver, SaveResult
 
 __all__ = ("Repository",)
 
@@ -44,10 +45,11 @@ class Repository:
     """Messages, channels and users in PostgreSQL. Every method raises `Unavailable` within a bounded time."""
 
     def __init__(self, config: Config) -> None:
+        self.server_id = secrets.randbits(31)  # by which servers on one database tell each other apart
         self.watch = ConnectionWatch()
         self._config = config
         self._readers: aiopg.Pool | None = None
-        self._saver = Saver(config, self.watch)
+        self._saver = Saver(config, self.watch, self.server_id)
 
     async def open(self) -> None:
         """Get ready to connect. It connects when first used: a database that is away now may come back."""
@@ -56,13 +58,14 @@ class Repository:
             minsize=0,
             maxsize=self._config.db_pool_size,
             timeout=self._config.db_timeout,
-            on_connect=self._prepare_reader,
+            on_connect=self.prepare,
             echo=False,
             pool_recycle=-1,
             **OPTIONS,
         )
 
-    async def _prepare_reader(self, conn: Connection) -> None:
+    async def prepare(self, conn: Connection) -> None:
+        """Watch a new connection, and make it independent of the database's defaults. Raises one of `FAILURES`."""
         await self.watch.add(conn)
         await prepare(conn, self._config)
 
@@ -143,25 +146,21 @@ class Repository:
         except FAILURES as exc:
             raise explain(exc, conn) from exc
 
-    # -- what changes ------------------------------------------------------------------------------
-
-    async def listen(self) -> Connection:
-        """A connection that hears the notifications from now on."""
-        return await self._saver.connection()
-
-    async def probe(self) -> None:
-        """Close the connection that listens, and raise `Unavailable`, if it is dead."""
-        await self._saver.ping()
-
     # -- writing -----------------------------------------------------------------------------------
 
     async def save_message(self, message: NewMessage) -> OutgoingMessage:
-        """Store one message and return it as committed. Raises what `save_messages` returns."""
-        (result,) = await self.save_messages([message], {})
+        """Store one message, which all servers, this one too, are notified of; returns it as committed.
+
+        Raises what `save_messages` returns.
+        """
+        (result,) = await self._saver.save([message], {}, SAVE_AND_TELL)
         if isinstance(result, ChatError):
             raise result
         return result.message
 
     async def save_messages(self, batch: Sequence[NewMessage], heads: Mapping[int, int]) -> list[SaveResult]:
-        """Store a batch in one transaction; one result per message, in order: see `Saver.save`."""
+        """Store a batch in one transaction; one result per message, in order: see `Saver.save`.
+
+        Telling our own clients is left to the caller.
+        """
         return await self._saver.save(batch, heads)

@@ -23,7 +23,7 @@ from tollerchat.errors import (
 from tollerchat.logs import Seldom
 from tollerchat.protocol import OutgoingMessage
 
-__all__ = ("LOCK_KEY", "WRITER_NAME", "NewMessage", "SaveResult", "Saved", "Saver")
+__all__ = ("LOCK_KEY", "SERVERS_KEY", "NewMessage", "SaveResult", "Saved", "Saver")
 
 logger = logging.getLogger("tollerchat.saving")
 logger.addFilter(Seldom())  # it may be about many at once
@@ -31,25 +31,24 @@ logger.addFilter(Seldom())  # it may be about many at once
 # First key of the advisory locks, the second is the channel ("toll" in ASCII; schema.sql has it too).
 LOCK_KEY = 0x746F6C6C
 
-WRITER_NAME = "tollerchat writer"  # in pg_stat_activity
+# Of the lock under which servers tell that they listen (also in schema.sql).
+SERVERS_KEY = LOCK_KEY + 1
 
 # One round trip for a batch, and one transaction: first the locks, in sorted order; then, in a statement
 # of its own so that its snapshot has all that was committed under those locks, the rows.
 _SAVE = "EXECUTE tollerchat_lock (%s); EXECUTE tollerchat_save (%s)"
 _SAVE_AT_ONCE = "SET LOCAL lock_timeout = '5ms'; " + _SAVE
+SAVE_AND_TELL = "SET LOCAL tollerchat.server = ''; " + _SAVE
 
 _LOCKED = f"""
     SELECT channel_id FROM unnest(%s::int[]) AS asked (channel_id)
     WHERE NOT pg_try_advisory_xact_lock({LOCK_KEY}, channel_id)"""
 
-# In one transaction, so that a server which finds the lock taken may rely on our listening (schema.sql).
-_LISTEN = f"LISTEN tollerchat; SELECT pg_advisory_lock_shared({LOCK_KEY}, -1)"
-
 # The ids are taken here and not by the column's default, so that each row of the answer knows its own.
 # The first message of each channel asks what was written behind the head that we know, for which the index has an
 # answer at once; main queries do not see what CTEs insert.
 _PREPARE = f"""
-    SET tollerchat.writer = 'on';
+    SET tollerchat.writer = 'on'; SET tollerchat.server = %(server)s;
     SET lock_timeout = '100ms';
     SET plan_cache_mode = force_generic_plan;
     SET enable_hashjoin = off; SET enable_mergejoin = off;
@@ -98,7 +97,12 @@ class NewMessage(msgspec.Struct, gc=False):
     user_id: int
     content: str
     nonce: str | None = None
-    head: int | None = None  # of its channel, in the first of it in a batch; for `Saver.save` alone
+
+
+class _Row(NewMessage, gc=False):
+    """A message, as `tollerchat_save` takes it."""
+
+    head: int | None = None  # of the channel; with the first message of each
 
 
 class Saved(NamedTuple):
@@ -113,14 +117,12 @@ SaveResult = Saved | ChatError
 
 
 class Saver:
-    """Stores messages over one connection, which is kept, because the statements are prepared on it.
+    """Stores messages over one connection, which is kept, because the statements are prepared on it."""
 
-    It is also the one that listens to notifications: those of our own commits then wake nobody.
-    """
-
-    def __init__(self, config: Config, watch: ConnectionWatch) -> None:
+    def __init__(self, config: Config, watch: ConnectionWatch, server_id: int) -> None:
         self._config = config
         self._watch = watch
+        self._server_id = server_id
         self._connection: Connection | None = None
         self._busy = asyncio.Lock()
 
@@ -128,19 +130,6 @@ class Saver:
         """Close the connection; it would be made again."""
         if self._connection is not None:
             self._connection.close()
-
-    async def connection(self) -> Connection:
-        """The connection, which listens to notifications. Raises `Unavailable`."""
-        await self.ping()
-        assert self._connection is not None
-        return self._connection
-
-    async def ping(self) -> None:
-        """Close the connection and raise `Unavailable` if it is dead."""
-        try:
-            await self._run("SELECT 1", ())
-        except psycopg2.Error as exc:
-            raise Unavailable("the database could not run the query") from exc
 
     async def save(
         self, batch: Sequence[NewMessage], heads: Mapping[int, int], sql: str = _SAVE
@@ -154,15 +143,16 @@ class Saver:
         must not have the same nonce of the same user and channel twice.
         """
         previous: dict[int, int] = {}
-        for message in batch:
-            if message.channel_id in previous:
-                message.head = None
-            else:
-                message.head = previous[message.channel_id] = heads.get(message.channel_id, 0)
+        new_rows = []
+        for new in batch:
+            head = None
+            if new.channel_id not in previous:
+                head = previous[new.channel_id] = heads.get(new.channel_id, 0)
+            new_rows.append(_Row(new.channel_id, new.user_id, new.content, new.nonce, head))
         channel_ids = sorted(previous)
         array = "{" + ",".join(map(str, channel_ids)) + "}"  # psycopg2 would adapt each number by itself
         try:
-            rows = await self._run(sql, (array, msgspec.json.encode(batch).decode()))
+            rows = await self._run(sql, (array, msgspec.json.encode(new_rows).decode()))
         except psycopg2.errors.LockNotAvailable:
             return await self._save_unlocked(batch, heads, channel_ids)
         except psycopg2.Error as exc:
@@ -246,15 +236,13 @@ class Saver:
                 raise unavailable from exc
 
     async def _connect(self) -> Connection:
-        options = {**OPTIONS, "application_name": WRITER_NAME}
-        conn = await connect(self._config.db_url, timeout=self._config.db_timeout, **options)
+        conn = await connect(self._config.db_url, timeout=self._config.db_timeout, **OPTIONS)
         try:
             await self._watch.add(conn)
             await prepare(conn, self._config)
             cursor = await conn.cursor()
             ((sequence,),) = await run_query(cursor, "SELECT pg_get_serial_sequence('messages', 'id')", ())
-            await run_query(cursor, _PREPARE, {"sequence": sequence})
-            await run_query(cursor, _LISTEN, ())
+            await run_query(cursor, _PREPARE, {"sequence": sequence, "server": str(self._server_id)})
         except BaseException:
             conn.close()
             raise

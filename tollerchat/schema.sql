@@ -42,6 +42,13 @@ CREATE TABLE IF NOT EXISTS messages (
     nonce       TEXT
 );
 
+-- Servers that listen: a random number of each, and the backend it listens on. Without WAL: after a crash of
+-- PostgreSQL, all have to connect again anyway.
+CREATE UNLOGGED TABLE IF NOT EXISTS tollerchat_servers (
+    id   INT PRIMARY KEY,
+    pid  INT NOT NULL
+);
+
 -- Upgrade of the original's tables: ids outgrow INT, and its timestamps carry no zone (they are read as UTC).
 DO $$
 DECLARE
@@ -97,11 +104,11 @@ CREATE OR REPLACE TRIGGER tollerchat_order BEFORE INSERT ON messages
 -- Notifications: hints to every server process. Payload: a verb and its arguments, see tollerchat/bus.py.
 CREATE OR REPLACE FUNCTION tollerchat_messages_inserted() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    -- Every server that listens holds this lock in shared mode. One that gets it for itself has nobody to tell; and
-    -- who begins to listen meanwhile waits for the end of this transaction, and then reads all. Transactions of
-    -- others may take long, so they tell always.
-    IF current_setting('tollerchat.writer', true) = 'on' THEN
-        IF pg_try_advisory_xact_lock(1953459308, -1) THEN
+    -- A server tells its own clients; only others need a notification. One that begins to listen takes this lock
+    -- alone: so either it is seen here, or it waits for the end of this transaction, and then reads all.
+    IF current_setting('tollerchat.server', true) <> '' THEN
+        PERFORM pg_advisory_xact_lock_shared(1953459309, 0);
+        IF NOT EXISTS (SELECT FROM tollerchat_servers WHERE id <> current_setting('tollerchat.server')::int) THEN
             RETURN NULL;
         END IF;
     END IF;

@@ -116,6 +116,8 @@ class MessageWriter:
     async def _save(self, commit: Commit) -> list[SaveResult]:
         messages = [submission.message for submission in commit.batch]
         now = time.monotonic()
+        if now >= min(self._last_try, max(submission.deadline for submission in commit.batch)):
+            await asyncio.sleep(0)  # there may be many batches of them, and others want their turn
         if now >= self._last_try:
             return [Unavailable("the server is shutting down: send it again to another one")] * len(messages)
         if now >= max(submission.deadline for submission in commit.batch):  # they waited behind others
@@ -147,6 +149,9 @@ class MessageWriter:
         except Exception:  # the rows may be stored: the log has them, and the writer must go on
             logger.exception("the answers to %d messages could not be dealt with", len(results))
             retry = []
+            for result in results:
+                if isinstance(result, Saved):
+                    self._hub.hint(result.message.channel_id, result.message.message_id)
         if retry:  # then nothing follows, see _may_overlap()
             await asyncio.sleep(commit.retry_delay)
             return Commit(retry, commit.rooms, min(commit.retry_delay * 2, LAST_RETRY_DELAY))
