@@ -11,6 +11,7 @@ from aiohttp import web
 import tollerchat
 from examples import added, mounted
 from tests.support import Chatter, token, until
+from tollerchat import bus
 
 
 async def test_mounted_chat_works_beside_the_routes_of_its_parent(serve, config):
@@ -36,7 +37,8 @@ async def test_mounted_web_chat_is_found_with_and_without_the_slash(serve, confi
         assert "javascript" in response.headers["Content-Type"]
 
 
-async def test_added_chat_works_beside_the_applications_own_routes(serve, config):
+async def test_added_chat_works_beside_the_applications_own_routes(serve, config, monkeypatch):
+    monkeypatch.setattr(bus, "PROBE_INTERVAL", 3600)  # nothing is found by comparison
     server = await serve(app=added.make_app(config))
     alice, bob = await server.connect(1), await server.connect(2)
     await alice.send("hello")

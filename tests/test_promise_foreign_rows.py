@@ -13,6 +13,7 @@ from tests.faults import Proxy, in_thread
 from tests.raw_client import RawClient
 from tests.support import SECRET, WAIT, Template, psql, until
 from tollerchat import Config, bus
+from tollerchat.app import hub_key
 
 pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])
 
@@ -342,6 +343,30 @@ async def test_rows_are_found_after_the_listening_connection_was_terminated(serv
         database.insert(f"while nobody listens {n}")
         await read_to(bob, log, f"while nobody listens {n}")
     assert check([log], rows_of(database.url)) is None
+
+
+async def test_rows_are_heard_of_where_the_database_is_read_only_by_default(serve, config, database):
+    """As while it is maintained: others may write all the same."""
+    database.execute(
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on',"
+        " current_database()); END $$"
+    )
+    server = await serve(config)
+    bob, log = await joined(server)
+    await until(lambda: server.app[hub_key].access.remembers)
+    start = time.monotonic()
+    database.insert("by one who was there before")
+    await read_to(bob, log, "by one who was there before")
+    assert time.monotonic() - start < bus.PROBE_INTERVAL - 1
+    assert check([log], rows_of(database.url)) is None
+
+
+async def test_row_of_a_channel_that_cannot_be_is_refused_at_once(server, database):
+    for channel_id in (-1, 0):
+        with pytest.raises(psycopg2.errors.ForeignKeyViolation):
+            database.execute(
+                f"SET statement_timeout = '5s'; INSERT INTO messages (channel_id, content) VALUES ({channel_id}, '')"
+            )
 
 
 async def test_rows_that_nothing_told_are_found_by_comparison(serve, config, database, monkeypatch):

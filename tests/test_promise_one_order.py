@@ -171,3 +171,13 @@ async def test_server_that_comes_while_another_is_writing_misses_nothing(
         assert seen == list(range(len(seen)))
     done = True
     await writing
+
+
+async def test_server_whose_peer_is_gone_is_alone_again(serve, config, database, monkeypatch):
+    monkeypatch.setattr(bus, "PROBE_INTERVAL", 0.2)
+    servers = "SELECT count(*) FROM tollerchat_servers"
+    await serve(config)
+    async with running(database.url) as peer:
+        await until(lambda: database.execute(servers) == [(2,)])
+        peer.kill()
+        await until(lambda: database.execute(servers) == [(1,)])

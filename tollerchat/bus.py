@@ -25,13 +25,16 @@ PROBE_INTERVAL = 5.0  # seconds between probes of the connection, which also loo
 
 _FAILURES = (*FAILURES, Unavailable)
 
-_FORGET_DEAD = "DELETE FROM tollerchat_servers WHERE pid NOT IN (SELECT pid FROM pg_stat_activity)"
+# Also where the database is read-only by default: others may write all the same.
+_FORGET_DEAD = """
+    SET LOCAL transaction_read_only = off;
+    DELETE FROM tollerchat_servers WHERE pid NOT IN (SELECT pid FROM pg_stat_activity)"""
 
 # In one transaction, under a lock that waits for those of others who do not know of us: they may tell nobody, and
 # what they wrote is found in the tables then. Who comes later tells us.
 _LISTEN = f"""
-    SELECT pg_advisory_xact_lock({SERVERS_KEY}, 0);
     {_FORGET_DEAD};
+    SELECT pg_advisory_xact_lock({SERVERS_KEY}, 0);
     INSERT INTO tollerchat_servers (id, pid) VALUES (%s, pg_backend_pid())
     ON CONFLICT (id) DO UPDATE SET pid = EXCLUDED.pid;
     LISTEN tollerchat"""

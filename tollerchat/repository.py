@@ -97,7 +97,9 @@ class Repository:
 
     async def ping(self) -> None:
         """Raise `Unavailable` unless the database answers and has our tables."""
-        await self._read("SELECT FROM messages, channels, users, channel_users LIMIT 0", ())
+        await self._read(
+            "SELECT FROM messages, channels, users, channel_users, tollerchat_servers LIMIT 0", ()
+        )
 
     # -- reading the log ---------------------------------------------------------------------------
 

@@ -1,0 +1,81 @@
+"""Connections to PostgreSQL, in moments that real ones rarely have."""
+
+import asyncio
+import contextlib
+
+import pytest
+
+from tests.support import WAIT
+from tollerchat import connection
+from tollerchat.connection import OPTIONS, ConnectionWatch, connect
+from tollerchat.database import run_query
+
+
+@pytest.fixture
+async def watched(database, monkeypatch):
+    """A connection, and the watch that looks at it all the time."""
+    monkeypatch.setattr(connection, "WATCH_INTERVAL", 0.01)
+    watch = ConnectionWatch()
+    watched = await connect(database.url, timeout=WAIT, **OPTIONS)
+    await watch.add(watched)
+    watching = asyncio.create_task(watch.run())
+    with contextlib.closing(watched):
+        yield watched, watching
+    watching.cancel()
+    await asyncio.wait([watching])
+
+
+async def query(conn, sql, timeout=WAIT):
+    async with conn.cursor(timeout=timeout) as cursor:
+        return await run_query(cursor, sql, ())
+
+
+async def test_query_that_takes_too_long_is_given_up_with_its_connection(watched):
+    conn, _ = watched
+    with pytest.raises(asyncio.TimeoutError):
+        await query(conn, "SELECT pg_sleep(60)", timeout=0.05)
+    assert conn.closed
+
+
+async def test_query_that_is_cancelled_when_its_time_is_over_does_not_end_the_watch(watched):
+    conn, watching = watched
+    waiting = asyncio.create_task(query(conn, "SELECT pg_sleep(60)", timeout=0))
+    await asyncio.sleep(0)  # it is sent
+    waiting.cancel()
+    await asyncio.sleep(0)  # the cancellation has reached the query, but not its coroutine
+    conn.check()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert conn.closed
+    assert not watching.done()
+
+
+async def test_failed_query_does_not_end_the_notifications(watched, database):
+    conn, _ = watched
+    await query(conn, "LISTEN tollerchat")
+    with pytest.raises(Exception, match="division by zero"):
+        await query(conn, "SELECT 1 / 0")
+    database.execute("SELECT pg_notify('tollerchat', 'after it')")
+    assert await asyncio.wait_for(conn.notified(10), WAIT) == ["after it"]
+
+
+async def test_notification_that_comes_with_an_answer_is_heard(watched, database):
+    """PostgreSQL holds it back while a query runs, and then sends both in one packet."""
+    conn, _ = watched
+    await query(conn, "LISTEN tollerchat")
+    waiting = asyncio.create_task(query(conn, "SELECT pg_sleep(0.5)"))
+    await asyncio.sleep(0)
+    database.execute("SELECT pg_notify('tollerchat', 'meanwhile')")
+    await waiting
+    conn.look()
+    assert await asyncio.wait_for(conn.notified(10), WAIT) == ["meanwhile"]
+
+
+async def test_end_of_a_connection_is_the_end_of_its_notifications(watched, database):
+    conn, _ = watched
+    await query(conn, "LISTEN tollerchat")
+    hearing = asyncio.create_task(conn.notified(10))
+    database.execute(f"SELECT pg_terminate_backend({conn.raw.get_backend_pid()})")
+    with pytest.raises(Exception, match="closed"):
+        await asyncio.wait_for(hearing, WAIT)
+    assert conn.closed
