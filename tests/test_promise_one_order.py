@@ -14,6 +14,7 @@ from tests.soak import Talker, wind_up
 from tests.support import Template, until
 from tollerchat import bus
 from tollerchat.app import hub_key
+from tollerchat.saving import SERVERS_KEY
 
 pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])
 
@@ -171,6 +172,22 @@ async def test_server_that_comes_while_another_is_writing_misses_nothing(
         assert seen == list(range(len(seen)))
     done = True
     await writing
+
+
+async def test_server_that_comes_while_another_commits_finds_what_it_was_not_told(
+    serve, config, database, monkeypatch
+):
+    monkeypatch.setattr(bus, "PROBE_INTERVAL", 3600)
+    with contextlib.closing(psycopg2.connect(database.url)) as other, other.cursor() as cursor:
+        cursor.execute("SET tollerchat.server = '1'")  # it is alone yet, and so tells nobody
+        cursor.execute("INSERT INTO messages (channel_id, user_id, content) VALUES (1, 9, 'in flight')")
+        server = await serve(config)
+        bob, history = await server.join(2)
+        waiting = f"SELECT 1 FROM pg_locks WHERE classid = {SERVERS_KEY} AND NOT granted"
+        await until(lambda: database.execute(waiting))
+        other.commit()
+        assert history == []
+        assert await bob.receive_contents(1) == ["in flight"]
 
 
 async def test_server_whose_peer_is_gone_is_alone_again(serve, config, database, monkeypatch):
