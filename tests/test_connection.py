@@ -59,11 +59,11 @@ async def test_failed_query_does_not_end_the_notifications(watched, database):
 
 
 async def test_notification_that_comes_with_an_answer_is_heard(watched, database):
-    """PostgreSQL holds it back while a query runs, and then sends both in one packet."""
+    """PostgreSQL holds it back while queries run, and then sends both in one packet."""
     conn, _ = watched
     await query(conn, "LISTEN tollerchat")
-    waiting = asyncio.create_task(query(conn, "SELECT pg_sleep(0.5)"))
-    await asyncio.sleep(0)
+    waiting = asyncio.create_task(query(conn, "SELECT pg_sleep(0.5); SELECT 1"))
+    await asyncio.sleep(0)  # it is sent
     database.execute("SELECT pg_notify('tollerchat', 'meanwhile')")
     await waiting
     conn.look()
