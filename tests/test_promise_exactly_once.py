@@ -15,7 +15,7 @@ from tests.faults import Proxy, ServerProcess, in_thread, running
 from tests.raw_client import RawClient
 from tests.support import SECRET, Template, until
 from tollerchat import Config, bus
-from tollerchat.app import hub_key, writer_key
+from tollerchat.app import hub_key, repository_key, writer_key
 from tollerchat.errors import Unavailable
 from tollerchat.saving import LOCK_KEY
 
@@ -461,3 +461,23 @@ async def test_resend_while_catching_up_is_not_received_after_its_ack(server, da
         logs.append(log)
         database.insert(*(f"missed {connection} {n}" for n in range(300)))
     assert check(logs, rows_of(database.url)) is None
+
+
+async def test_message_whose_answer_was_lost_reaches_the_others_soon(server, database, monkeypatch):
+    """A lone server is not notified of its own commits."""
+    repository = server.app[repository_key]
+    save_messages = repository.save_messages
+
+    async def lose(batch, heads):
+        await save_messages(batch, heads)
+        raise Unavailable("the answer was lost", sent=True)
+
+    (alice, _), (bob, _) = await server.join(1), await server.join(2)
+    await until(lambda: database.execute("SELECT 1 FROM tollerchat_servers"))
+    monkeypatch.setattr(repository, "save_messages", lose)
+    start = time.monotonic()
+    await alice.send("in doubt")
+    assert (await alice.receive())["code"] == "unavailable"
+    assert await bob.receive_contents(1) == ["in doubt"]
+    assert time.monotonic() - start < bus.PROBE_INTERVAL / 2
+    assert await alice.settled() == []

@@ -137,6 +137,7 @@ async def test_only_who_has_somebody_to_tell_announces_its_commits(serve, config
         assert stranger.notifies == []
         second = await serve(config)
         bob, _ = await second.join(2)
+        await until(lambda: database.execute("SELECT count(*) FROM tollerchat_servers") == [(2,)])
         for n in range(20):
             await alice.send(f"told {n}")
             assert (await alice.receive())["type"] == "ack"
@@ -148,30 +149,21 @@ async def test_only_who_has_somebody_to_tell_announces_its_commits(serve, config
 async def test_server_that_comes_while_another_is_writing_misses_nothing(
     serve, config, database, monkeypatch
 ):
+    """Above all not the last message, behind which no other comes that would show what is missing."""
     monkeypatch.setattr(bus, "PROBE_INTERVAL", 3600)
     first = await serve(config)
     alice, _ = await first.join(1)
-    count, done = 0, False
-
-    async def write():
-        nonlocal count
-        while not done:
+    count = 0
+    for n in range(5):
+        coming = asyncio.ensure_future(serve(config))
+        while not coming.done() or count < 20 * (n + 1):
             await alice.send(f"{count}")
             assert (await alice.receive())["type"] == "ack"
             count += 1
-
-    writing = asyncio.ensure_future(write())
-    await until(lambda: count > 10)
-    for _ in range(3):
-        server = await serve(config)
-        bob, history = await server.join(2, after=0)
-        seen = [int(frame["content"]) for frame in history]
-        goal = count + 30
-        while not seen or seen[-1] < goal:
-            seen.append(int((await bob.receive())["content"]))
-        assert seen == list(range(len(seen)))
-    done = True
-    await writing
+        bob, history = await coming.result().join(2, after=0)
+        contents = [frame["content"] for frame in history]
+        contents += await bob.receive_contents(count - len(contents))
+        assert contents == [f"{m}" for m in range(count)]
 
 
 async def test_server_that_comes_while_another_commits_finds_what_it_was_not_told(
@@ -183,7 +175,10 @@ async def test_server_that_comes_while_another_commits_finds_what_it_was_not_tol
         cursor.execute("INSERT INTO messages (channel_id, user_id, content) VALUES (1, 9, 'in flight')")
         server = await serve(config)
         bob, history = await server.join(2)
-        waiting = f"SELECT 1 FROM pg_locks WHERE classid = {SERVERS_KEY} AND NOT granted"
+        waiting = (
+            f"SELECT 1 FROM pg_locks JOIN pg_database ON pg_database.oid = database "
+            f"WHERE datname = current_database() AND classid = {SERVERS_KEY} AND NOT granted"
+        )
         await until(lambda: database.execute(waiting))
         other.commit()
         assert history == []
@@ -193,8 +188,26 @@ async def test_server_that_comes_while_another_commits_finds_what_it_was_not_tol
 async def test_server_whose_peer_is_gone_is_alone_again(serve, config, database, monkeypatch):
     monkeypatch.setattr(bus, "PROBE_INTERVAL", 0.2)
     servers = "SELECT count(*) FROM tollerchat_servers"
-    await serve(config)
+    first = await serve(config)
+    alice, _ = await first.join(1)
     async with running(database.url) as peer:
         await until(lambda: database.execute(servers) == [(2,)])
         peer.kill()
         await until(lambda: database.execute(servers) == [(1,)])
+    with contextlib.closing(psycopg2.connect(database.url)) as stranger, stranger.cursor() as cursor:
+        stranger.autocommit = True
+        cursor.execute("LISTEN tollerchat")
+        await alice.send("alone")
+        assert (await alice.receive())["type"] == "ack"
+        stranger.poll()
+        assert stranger.notifies == []
+
+
+async def test_server_that_was_forgotten_makes_itself_known_again(serve, config, database, monkeypatch):
+    """By one who empties all tables, say."""
+    monkeypatch.setattr(bus, "PROBE_INTERVAL", 0.2)
+    await serve(config)
+    servers = "SELECT count(*) FROM tollerchat_servers"
+    await until(lambda: database.execute(servers) == [(1,)])
+    database.execute("TRUNCATE tollerchat_servers")
+    await until(lambda: database.execute(servers) == [(1,)])

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from typing import Any
+
+import psycopg2
 
 from tollerchat.config import Config
 from tollerchat.connection import FAILURES, OPTIONS, Connection, connect
@@ -21,23 +24,26 @@ logger = logging.getLogger("tollerchat.bus")
 
 RETRY_DELAY = 0.5  # seconds between attempts to connect
 MAX_AT_ONCE = 100  # notifications, before others have their turn
+DOUBT_DELAY = 0.1  # seconds, until a commit whose answer was lost is done, mostly
 PROBE_INTERVAL = 5.0  # seconds between probes of the connection, which also look for lost hints
 
 _FAILURES = (*FAILURES, Unavailable)
 
-# Also where the database is read-only by default: others may write all the same.
-_FORGET_DEAD = """
+# These write also where the database is read-only by default: others may write messages all the same.
+_LISTEN = """
     SET LOCAL transaction_read_only = off;
-    DELETE FROM tollerchat_servers WHERE pid NOT IN (SELECT pid FROM pg_stat_activity)"""
-
-# In one transaction, under a lock that waits for those of others who do not know of us: they may tell nobody, and
-# what they wrote is found in the tables then. Who comes later tells us.
-_LISTEN = f"""
-    {_FORGET_DEAD};
-    SELECT pg_advisory_xact_lock({SERVERS_KEY}, 0);
-    INSERT INTO tollerchat_servers (id, pid) VALUES (%s, pg_backend_pid())
-    ON CONFLICT (id) DO UPDATE SET pid = EXCLUDED.pid;
+    INSERT INTO tollerchat_servers (id, pid, started)
+    SELECT %s, pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid();
     LISTEN tollerchat"""
+
+# Those who committed without having seen us in the table are through. Not for long at a time: they wait behind us.
+_OUTWAIT = f"SET LOCAL lock_timeout = '50ms'; SELECT pg_advisory_xact_lock({SERVERS_KEY}, 0)"
+
+# Forgets the dead, and tells whether we are still known.
+_PROBE = """
+    SET LOCAL transaction_read_only = off;
+    DELETE FROM tollerchat_servers WHERE (pid, started) NOT IN (SELECT pid, backend_start FROM pg_stat_activity);
+    SELECT FROM tollerchat_servers WHERE id = %s AND pid = pg_backend_pid()"""
 
 
 class PostgresBus:
@@ -59,7 +65,7 @@ class PostgresBus:
                 connection = await connect(self._config.db_url, timeout=self._config.db_timeout, **OPTIONS)
                 with contextlib.closing(connection):
                     await self._repository.prepare(connection)
-                    await _execute(connection, _LISTEN, (self._repository.server_id,))
+                    await _execute(connection, _LISTEN, self._repository.server_id)
                     self._hub.access.remembers = True
                     # Whatever was notified before is found in the tables.
                     await self._hub.resync()
@@ -86,14 +92,29 @@ class PostgresBus:
     async def _probe(self, connection: Connection) -> None:
         """Close a connection that is dead but does not tell; else look for hints that were lost."""
         try:
+            known = False  # to all who commit
             while True:
-                await asyncio.sleep(PROBE_INTERVAL)
-                await _execute(connection, _FORGET_DEAD)
-                connection.look()
+                known = known or await self._outwait(connection)
                 await self._hub.compare_with_log()
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(
+                        self._hub.in_doubt.wait(), PROBE_INTERVAL if known else RETRY_DELAY
+                    )
+                    await asyncio.sleep(DOUBT_DELAY)
+                self._hub.in_doubt.clear()
+                if not await _execute(connection, _PROBE, self._repository.server_id):
+                    raise Unavailable("the database has forgotten this server")
         except _FAILURES as exc:
             logger.warning("the database does not answer: %s", str(exc).strip() or type(exc).__name__)
             connection.close()
+
+    async def _outwait(self, connection: Connection) -> bool:
+        """Whether all who commit have ended their earlier transactions, and so know that we listen."""
+        try:
+            await _execute(connection, _OUTWAIT)
+        except psycopg2.errors.LockNotAvailable:
+            return False
+        return True
 
     async def _dispatch(self, payload: str) -> None:
         verb, *arguments = payload.split()
@@ -113,6 +134,8 @@ class PostgresBus:
             self._hub.truncated()
 
 
-async def _execute(connection: Connection, sql: str, parameters: tuple[int, ...] = ()) -> None:
+async def _execute(connection: Connection, sql: str, *parameters: int) -> list[tuple[Any, ...]]:
     async with connection.cursor() as cursor:
-        await run_query(cursor, sql, parameters)
+        rows = await run_query(cursor, sql, parameters)
+    connection.look()
+    return rows

@@ -44,6 +44,7 @@ class Connection(aiopg.Connection):
     """
 
     _deadline = math.inf  # loop time, of the query
+    _ended = False
 
     @staticmethod
     def _ready(weak_self: "weakref.ref[Any]") -> None:
@@ -64,6 +65,9 @@ class Connection(aiopg.Connection):
             self._waiter = None
 
     def _close(self) -> None:
+        if self._ended:  # its descriptor may be another's by now
+            return
+        self._ended = True
         try:
             super()._close()
         finally:
@@ -109,13 +113,12 @@ async def connect(dsn: str, *, timeout: float, **options: Any) -> Connection:
     addresses = await asyncio.wait_for(_addresses(dsn), timeout)
     addresses.sort(key=lambda address: address != _answered.get(dsn))
     for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
-        connection = None
         try:
+            if (share := (end - loop.time()) / left) <= 0:
+                raise asyncio.TimeoutError
             connection = Connection(make_dsn(**address), timeout, **options)
-            await asyncio.wait_for(connection, (end - loop.time()) / left)
+            await asyncio.wait_for(connection, share)
         except FAILURES:
-            if connection is not None:
-                connection.close()
             if left == 1:
                 raise
         else:

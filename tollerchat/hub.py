@@ -33,6 +33,7 @@ class Hub:
     def __init__(self, config: Config, repository: Repository) -> None:
         self.rooms: dict[int, Room] = {}
         self.draining = False  # if true, nobody is let in any more
+        self.in_doubt = asyncio.Event()  # something may be in the log that nobody tells of: compare soon
         self.access = Access(repository)
         self._config = config
         self._repository = repository

@@ -42,17 +42,24 @@ _ACCESS = """
 
 
 class Repository:
-    """Messages, channels and users in PostgreSQL. Every method raises `Unavailable` within a bounded time."""
+    """Messages, channels and users in PostgreSQL.
+
+    Every method raises `Unavailable` within a bounded time, for as long as `watch.run` runs.
+    """
 
     def __init__(self, config: Config) -> None:
-        self.server_id = secrets.randbits(31)  # by which servers on one database tell each other apart
+        self.server_id: int  # by which servers on one database tell each other apart
         self.watch = ConnectionWatch()
         self._config = config
         self._readers: aiopg.Pool | None = None
-        self._saver = Saver(config, self.watch, self.server_id)
+        self._saver: Saver
 
     async def open(self) -> None:
         """Get ready to connect. It connects when first used: a database that is away now may come back."""
+        self.server_id = secrets.randbits(
+            31
+        )  # here, because processes may be forked from one that has the parts
+        self._saver = Saver(self._config, self.watch, self.server_id)
         self._readers = await Pool.from_pool_fill(
             self._config.db_url,
             minsize=0,

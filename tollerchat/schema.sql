@@ -42,11 +42,13 @@ CREATE TABLE IF NOT EXISTS messages (
     nonce       TEXT
 );
 
--- Servers that listen: a random number of each, and the backend it listens on. Without WAL: after a crash of
--- PostgreSQL, all have to connect again anyway.
+-- Servers that listen: a random number of each, and the backend that it listens on, with its start. Without WAL:
+-- after a crash of PostgreSQL, all have to connect again anyway.
 CREATE UNLOGGED TABLE IF NOT EXISTS tollerchat_servers (
-    id   INT PRIMARY KEY,
-    pid  INT NOT NULL
+    id       INT NOT NULL,
+    pid      INT NOT NULL,
+    started  TIMESTAMPTZ NOT NULL,
+    PRIMARY KEY (id, pid, started)
 );
 
 -- Upgrade of the original's tables: ids outgrow INT, and its timestamps carry no zone (they are read as UTC).
@@ -104,8 +106,8 @@ CREATE OR REPLACE TRIGGER tollerchat_order BEFORE INSERT ON messages
 -- Notifications: hints to every server process. Payload: a verb and its arguments, see tollerchat/bus.py.
 CREATE OR REPLACE FUNCTION tollerchat_messages_inserted() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    -- A server tells its own clients; only others need a notification. One that begins to listen takes this lock
-    -- alone: so either it is seen here, or it waits for the end of this transaction, and then reads all.
+    -- A server tells its own clients; only others need a notification. One that begins to listen enters itself in
+    -- the table, and then waits for all who hold this lock: they may have looked before, and tell it nothing.
     IF current_setting('tollerchat.server', true) <> '' THEN
         PERFORM pg_advisory_xact_lock_shared(1953459309, 0);
         IF NOT EXISTS (SELECT FROM tollerchat_servers WHERE id <> current_setting('tollerchat.server')::int) THEN

@@ -115,13 +115,13 @@ class MessageWriter:
 
     async def _save(self, commit: Commit) -> list[SaveResult]:
         messages = [submission.message for submission in commit.batch]
-        now = time.monotonic()
-        if now >= min(self._last_try, max(submission.deadline for submission in commit.batch)):
+        deadline = max(
+            submission.deadline for submission in commit.batch
+        )  # they may have waited behind others
+        if time.monotonic() >= min(deadline, self._last_try):
             await asyncio.sleep(0)  # there may be many batches of them, and others want their turn
-        if now >= self._last_try:
-            return [Unavailable("the server is shutting down: send it again to another one")] * len(messages)
-        if now >= max(submission.deadline for submission in commit.batch):  # they waited behind others
-            return [Unavailable("the database is too slow: send it again later")] * len(messages)
+            problem = "the server is shutting down" if self._closed else "the database is too slow"
+            return [Unavailable(f"{problem}: send it again later")] * len(messages)
         try:
             heads = {room.channel_id: room.head for room in commit.rooms}
             return await self._repository.save_messages(messages, heads)
@@ -241,6 +241,8 @@ class MessageWriter:
                 if isinstance(result, Saved):
                     submission.sender.stored(result, submission.message.nonce)
                 else:
+                    if isinstance(result, Unavailable) and result.sent:
+                        self._hub.in_doubt.set()  # it may be stored
                     submission.sender.refused(result, submission.message)
         finally:
             for sender in senders:
