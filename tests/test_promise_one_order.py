@@ -203,6 +203,23 @@ async def test_server_whose_peer_is_gone_is_alone_again(serve, config, database,
         assert stranger.notifies == []
 
 
+async def test_server_goes_on_listening_on_one_connection(serve, config, database, monkeypatch):
+    monkeypatch.setattr(bus, "PROBE_INTERVAL", 0.05)
+    probed, bus_execute = 0, bus._execute
+
+    async def count(connection, sql, *parameters):
+        nonlocal probed
+        probed += sql == bus._PROBE
+        return await bus_execute(connection, sql, *parameters)
+
+    monkeypatch.setattr(bus, "_execute", count)
+    await serve(config)
+    await until(lambda: database.execute("SELECT 1 FROM tollerchat_servers"))
+    before = database.execute("SELECT pid FROM tollerchat_servers")
+    await until(lambda: probed > 5)
+    assert database.execute("SELECT pid FROM tollerchat_servers") == before
+
+
 async def test_server_that_was_forgotten_makes_itself_known_again(serve, config, database, monkeypatch):
     """By one who empties all tables, say."""
     monkeypatch.setattr(bus, "PROBE_INTERVAL", 0.2)

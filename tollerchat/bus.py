@@ -43,7 +43,7 @@ _OUTWAIT = f"SET LOCAL lock_timeout = '50ms'; SELECT pg_advisory_xact_lock({SERV
 _PROBE = """
     SET LOCAL transaction_read_only = off;
     DELETE FROM tollerchat_servers WHERE (pid, started) NOT IN (SELECT pid, backend_start FROM pg_stat_activity);
-    SELECT FROM tollerchat_servers WHERE id = %s AND pid = pg_backend_pid()"""
+    SELECT 1 FROM tollerchat_servers WHERE id = %s AND pid = pg_backend_pid()"""
 
 
 class PostgresBus:
@@ -105,7 +105,7 @@ class PostgresBus:
                 if not await _execute(connection, _PROBE, self._repository.server_id):
                     raise Unavailable("the database has forgotten this server")
         except _FAILURES as exc:
-            logger.warning("the database does not answer: %s", str(exc).strip() or type(exc).__name__)
+            logger.warning("a probe of the database failed: %s", str(exc).strip() or type(exc).__name__)
             connection.close()
 
     async def _outwait(self, connection: Connection) -> bool:
