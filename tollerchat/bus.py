@@ -36,7 +36,7 @@ _LISTEN = """
     SELECT %s, pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid();
     LISTEN tollerchat"""
 
-# Those who committed without having seen us in the table are through. Not for long at a time: they wait behind us.
+# Granted when all who looked before we were in the table have committed. For a moment only: savers wait behind it.
 _OUTWAIT = f"SET LOCAL lock_timeout = '50ms'; SELECT pg_advisory_xact_lock({SERVERS_KEY}, 0)"
 
 # Forgets the dead, and tells whether we are still known.
