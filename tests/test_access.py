@@ -81,7 +81,7 @@ async def test_nothing_is_remembered_while_changes_are_not_told(server, queries,
     await chatter.socket.close()
     database.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-        "WHERE datname = current_database() AND pid IN (SELECT pid FROM tollerchat_servers)"
+        "WHERE datname = current_database() AND pid IN (SELECT pid FROM pg_locks WHERE classid = 1953459309)"
     )
     await until(lambda: not server.app[hub_key].access.remembers)
     database.execute("DELETE FROM channel_users WHERE user_id = 2")

@@ -336,7 +336,7 @@ async def test_batch_that_the_database_refuses_in_part_leaves_no_gap(server, dat
 
 async def test_rows_are_found_after_the_listening_connection_was_terminated(server, database):
     bob, log = await joined(server)
-    listening = "FROM pg_stat_activity WHERE datname = current_database() AND pid IN (SELECT pid FROM tollerchat_servers)"
+    listening = "FROM pg_stat_activity WHERE datname = current_database() AND pid IN (SELECT pid FROM pg_locks WHERE classid = 1953459309)"
     for n in range(2):
         await until(lambda: database.execute(f"SELECT 1 {listening}"))
         database.execute(f"SELECT pg_terminate_backend(pid) {listening}")
@@ -422,7 +422,7 @@ async def test_access_withdrawn_while_nobody_listens_closes_with_4403_after_that
     else:
         database.execute(
             "SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity "
-            "WHERE datname = current_database() AND pid IN (SELECT pid FROM tollerchat_servers)"
+            "WHERE datname = current_database() AND pid IN (SELECT pid FROM pg_locks WHERE classid = 1953459309)"
         )
     database.execute("DELETE FROM channel_users WHERE user_id = 2")
     assert await goes[0].settled() == []
@@ -467,7 +467,7 @@ async def test_what_was_withdrawn_while_nobody_listened_is_found(server, databas
     gone, member = await server.join(1, 1), await server.join(2, 3)
     database.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-        "WHERE datname = current_database() AND pid IN (SELECT pid FROM tollerchat_servers)"
+        "WHERE datname = current_database() AND pid IN (SELECT pid FROM pg_locks WHERE classid = 1953459309)"
     )
     database.execute("DELETE FROM channels WHERE id = 1")
     database.execute("DELETE FROM channel_users WHERE user_id = 2")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+import uuid
 
 import psycopg2
 import pytest
@@ -11,8 +12,8 @@ from tests.checker import Log, check, rows_of
 from tests.faults import Stranger, running
 from tests.raw_client import RawClient
 from tests.soak import Talker, wind_up
-from tests.support import Template, until
-from tollerchat import bus
+from tests.support import SECRET, Template, until
+from tollerchat import Config, bus
 from tollerchat.app import hub_key
 from tollerchat.saving import SERVERS_KEY
 
@@ -205,19 +206,23 @@ async def test_server_whose_peer_is_gone_is_alone_again(serve, config, database,
 
 async def test_server_goes_on_listening_on_one_connection(serve, config, database, monkeypatch):
     monkeypatch.setattr(bus, "PROBE_INTERVAL", 0.05)
-    probed, bus_execute = 0, bus._execute
+    probed, execute = 0, bus.PostgresBus._execute
 
-    async def count(connection, sql, *parameters):
+    async def count(self, connection, sql):
         nonlocal probed
         probed += sql == bus._PROBE
-        return await bus_execute(connection, sql, *parameters)
+        return await execute(self, connection, sql)
 
-    monkeypatch.setattr(bus, "_execute", count)
+    monkeypatch.setattr(bus.PostgresBus, "_execute", count)
     await serve(config)
     await until(lambda: database.execute("SELECT 1 FROM tollerchat_servers"))
-    before = database.execute("SELECT pid FROM tollerchat_servers")
+    listening = (
+        f"SELECT pid FROM pg_locks JOIN pg_database ON pg_database.oid = database "
+        f"WHERE datname = current_database() AND classid = {SERVERS_KEY}"
+    )
+    before = database.execute(listening)
     await until(lambda: probed > 5)
-    assert database.execute("SELECT pid FROM tollerchat_servers") == before
+    assert database.execute(listening) == before
 
 
 async def test_server_that_was_forgotten_makes_itself_known_again(serve, config, database, monkeypatch):
@@ -228,3 +233,18 @@ async def test_server_that_was_forgotten_makes_itself_known_again(serve, config,
     await until(lambda: database.execute(servers) == [(1,)])
     database.execute("TRUNCATE tollerchat_servers")
     await until(lambda: database.execute(servers) == [(1,)])
+
+
+async def test_server_that_acts_in_another_role_listens_too(serve, database):
+    """Then PostgreSQL does not show it much of its own session."""
+    name = f"app_{uuid.uuid4().hex[:8]}"
+    database.execute(
+        f"CREATE ROLE {name} LOGIN; ALTER ROLE {name} SET role = postgres; GRANT postgres TO {name}"
+    )
+    try:
+        server = await serve(
+            Config(db_url=database.url.replace("postgres:", f"{name}:", 1), jwt_secret=SECRET)
+        )
+        await until(lambda: server.app[hub_key].access.remembers)
+    finally:
+        database.execute(f"REVOKE postgres FROM {name}; DROP ROLE {name}")

@@ -30,20 +30,23 @@ PROBE_INTERVAL = 5.0  # seconds between probes of the connection, which also loo
 _FAILURES = (*FAILURES, Unavailable)
 
 # These write also where the database is read-only by default: others may write messages all the same.
-_LISTEN = """
+_LISTEN = f"""
     SET LOCAL transaction_read_only = off;
-    INSERT INTO tollerchat_servers (id, pid, started)
-    SELECT %s, pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid();
+    SELECT pg_advisory_lock_shared({SERVERS_KEY}, %(id)s);
+    INSERT INTO tollerchat_servers (id) VALUES (%(id)s) ON CONFLICT DO NOTHING;
     LISTEN tollerchat"""
 
 # Granted when all who looked before we were in the table have committed. For a moment only: savers wait behind it.
 _OUTWAIT = f"SET LOCAL lock_timeout = '50ms'; SELECT pg_advisory_xact_lock({SERVERS_KEY}, 0)"
 
-# Forgets the dead, and tells whether we are still known.
-_PROBE = """
+# Forgets those who hold no lock any more, and tells whether we are still known.
+_PROBE = f"""
     SET LOCAL transaction_read_only = off;
-    DELETE FROM tollerchat_servers WHERE (pid, started) NOT IN (SELECT pid, backend_start FROM pg_stat_activity);
-    SELECT 1 FROM tollerchat_servers WHERE id = %s AND pid = pg_backend_pid()"""
+    DELETE FROM tollerchat_servers WHERE id::oid NOT IN (
+        SELECT objid FROM pg_locks JOIN pg_database ON pg_database.oid = database
+        WHERE locktype = 'advisory' AND classid = {SERVERS_KEY} AND datname = current_database()
+    );
+    SELECT 1 FROM tollerchat_servers WHERE id = %(id)s"""
 
 
 class PostgresBus:
@@ -65,7 +68,7 @@ class PostgresBus:
                 connection = await connect(self._config.db_url, timeout=self._config.db_timeout, **OPTIONS)
                 with contextlib.closing(connection):
                     await self._repository.prepare(connection)
-                    await _execute(connection, _LISTEN, self._repository.server_id)
+                    await self._execute(connection, _LISTEN)
                     self._hub.access.remembers = True
                     # Whatever was notified before is found in the tables.
                     await self._hub.resync()
@@ -102,7 +105,7 @@ class PostgresBus:
                     )
                     await asyncio.sleep(DOUBT_DELAY)
                 self._hub.in_doubt.clear()
-                if not await _execute(connection, _PROBE, self._repository.server_id):
+                if not await self._execute(connection, _PROBE):
                     raise Unavailable("the database has forgotten this server")
         except _FAILURES as exc:
             logger.warning("a probe of the database failed: %s", str(exc).strip() or type(exc).__name__)
@@ -111,10 +114,16 @@ class PostgresBus:
     async def _outwait(self, connection: Connection) -> bool:
         """Whether all who commit have ended their earlier transactions, and so know that we listen."""
         try:
-            await _execute(connection, _OUTWAIT)
+            await self._execute(connection, _OUTWAIT)
         except psycopg2.errors.LockNotAvailable:
             return False
         return True
+
+    async def _execute(self, connection: Connection, sql: str) -> list[tuple[Any, ...]]:
+        async with connection.cursor() as cursor:
+            rows = await run_query(cursor, sql, {"id": self._repository.server_id})
+        connection.look()
+        return rows
 
     async def _dispatch(self, payload: str) -> None:
         verb, *arguments = payload.split()
@@ -132,10 +141,3 @@ class PostgresBus:
             self._hub.user_deleted(int(arguments[0]))
         elif verb == "truncated":
             self._hub.truncated()
-
-
-async def _execute(connection: Connection, sql: str, *parameters: int) -> list[tuple[Any, ...]]:
-    async with connection.cursor() as cursor:
-        rows = await run_query(cursor, sql, parameters)
-    connection.look()
-    return rows

@@ -70,7 +70,10 @@ class Connection(aiopg.Connection):
         self._ended = True
         try:
             super()._close()
-        finally:
+        finally:  # uvloop may refuse to forget the descriptor
+            self._conn.close()
+            if self._waiter is not None and not self._waiter.done():
+                self._waiter.set_exception(psycopg2.OperationalError("the connection is closed"))
             self._notifies.put_nowait(None)
 
     def look(self) -> None:

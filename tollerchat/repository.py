@@ -52,7 +52,7 @@ class Repository:
         self.watch = ConnectionWatch()
         self._config = config
         self._readers: aiopg.Pool | None = None
-        self._saver: Saver
+        self._saver: Saver | None = None
 
     async def open(self) -> None:
         """Get ready to connect. It connects when first used: a database that is away now may come back."""
@@ -77,7 +77,8 @@ class Repository:
         await prepare(conn, self._config)
 
     async def close(self) -> None:
-        self._saver.close()
+        if self._saver is not None:
+            self._saver.close()
         if self._readers is not None:
             self._readers.terminate()  # close() alone would wait for a database that does not answer
             await self._readers.wait_closed()
@@ -162,6 +163,7 @@ class Repository:
 
         Raises what `save_messages` returns.
         """
+        assert self._saver is not None, "open() was not awaited"
         (result,) = await self._saver.save([message], {}, SAVE_AND_TELL)
         if isinstance(result, ChatError):
             raise result
@@ -172,4 +174,5 @@ class Repository:
 
         Telling our own clients is left to the caller.
         """
+        assert self._saver is not None, "open() was not awaited"
         return await self._saver.save(batch, heads)

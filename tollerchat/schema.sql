@@ -42,13 +42,10 @@ CREATE TABLE IF NOT EXISTS messages (
     nonce       TEXT
 );
 
--- Servers that listen: a random number of each, and the backend that it listens on, with its start. Without WAL:
--- after a crash of PostgreSQL, all have to connect again anyway.
+-- Servers that listen: a random number of each, which each holds an advisory lock of for as long as it does. Without
+-- WAL: after a crash of PostgreSQL, all have to connect again anyway.
 CREATE UNLOGGED TABLE IF NOT EXISTS tollerchat_servers (
-    id       INT NOT NULL,
-    pid      INT NOT NULL,
-    started  TIMESTAMPTZ NOT NULL,
-    PRIMARY KEY (id, pid, started)
+    id  INT PRIMARY KEY
 );
 
 -- Upgrade of the original's tables: ids outgrow INT, and its timestamps carry no zone (they are read as UTC).

@@ -217,6 +217,8 @@ class MessageWriter:
         answers: list[tuple[Submission, SaveResult]] = []
         committed: dict[int, list[Saved]] = {}
         for submission, result in zip(batch, results, strict=True):
+            if isinstance(result, Unavailable) and result.sent:
+                self._hub.in_doubt.set()  # it may be stored
             if isinstance(result, Saved):
                 submission.sender.committed(result.message.message_id)
                 if result.repeated:
@@ -241,8 +243,6 @@ class MessageWriter:
                 if isinstance(result, Saved):
                     submission.sender.stored(result, submission.message.nonce)
                 else:
-                    if isinstance(result, Unavailable) and result.sent:
-                        self._hub.in_doubt.set()  # it may be stored
                     submission.sender.refused(result, submission.message)
         finally:
             for sender in senders:
