@@ -11,7 +11,7 @@ from tollerchat.config import Config
 from tollerchat.connection import FAILURES, OPTIONS, Connection, ConnectionWatch, Pool
 from tollerchat.database import TIME_FORMAT, explain, prepare, run_query
 from tollerchat.errors import ChatError, Forbidden, NotFound, Unavailable
-from tollerchat.protocol import OutgoingMessage
+from tollerchat.protocol import MAX_ID, OutgoingMessage
 from tollerchat.saving import SAVE_AND_TELL, NewMessage, Saver, SaveResult
 
 __all__ = ("Repository",)
@@ -56,9 +56,8 @@ class Repository:
 
     async def open(self) -> None:
         """Get ready to connect. It connects when first used: a database that is away now may come back."""
-        self.server_id = secrets.randbits(
-            31
-        )  # here, because processes may be forked from one that has the parts
+        # Here, because processes may be forked from one that has the parts. Not 0: that lock is for all servers.
+        self.server_id = 1 + secrets.randbelow(MAX_ID)
         self._saver = Saver(self._config, self.watch, self.server_id)
         self._readers = await Pool.from_pool_fill(
             self._config.db_url,

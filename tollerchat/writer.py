@@ -115,9 +115,8 @@ class MessageWriter:
 
     async def _save(self, commit: Commit) -> list[SaveResult]:
         messages = [submission.message for submission in commit.batch]
-        deadline = max(
-            submission.deadline for submission in commit.batch
-        )  # they may have waited behind others
+        # They may have waited behind others.
+        deadline = max(submission.deadline for submission in commit.batch)
         if time.monotonic() >= min(deadline, self._last_try):
             await asyncio.sleep(0)  # there may be many batches of them, and others want their turn
             problem = "the server is shutting down" if self._closed else "the database is too slow"
