@@ -476,6 +476,7 @@ async def test_what_was_withdrawn_while_nobody_listened_is_found(server, databas
 
 
 async def test_truncation_closes_with_1001_and_ids_may_start_again(server, database):
+    await until(lambda: server.app[hub_key].access.remembers)  # it listens
     database.insert("old", "older")
     bob, _ = await server.join(2)
     database.execute("TRUNCATE messages RESTART IDENTITY")
@@ -489,6 +490,7 @@ async def test_truncation_closes_with_1001_and_ids_may_start_again(server, datab
 
 async def test_one_who_is_slow_to_leave_does_not_keep_what_was_truncated(server, database):
     """The room lives on meanwhile."""
+    await until(lambda: server.app[hub_key].access.remembers)  # it listens
     database.insert("old", "older", "oldest")
     bob, _ = await server.join(2)
     with contextlib.closing(
