@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from tests.checker import Log, Row, check
 from tests.raw_client import client_frame, unframe
 from tests.support import SECRET
-from tollerchat import Config, room, writer
+from tollerchat import Config, room, websocket, writer
 from tollerchat.auth import Identity
 from tollerchat.client import Client
 from tollerchat.errors import NonceConflict, Unavailable
@@ -175,22 +175,39 @@ def _message(row):
 
 
 class Peer:
-    """A client's end: connection and transport of one `Client`, and what came out of them.
+    """A client's end: descriptor and transport of one `Client`, and what came out of them.
 
-    While it does not read, each byte in the buffer is one too many.
+    While it does not read, the system takes a part of what is written, once; the rest waits in the transport's
+    buffer, and each byte behind that is one too many.
     """
 
-    def __init__(self, loop, sock, name, user_id, after):
+    def __init__(self, loop, sock, descriptor, name, user_id, after):
         self.log = Log(name, user_id, after=after)
         self._loop = loop
-        self._socket = sock  # with empty buffers
+        self._socket = types.SimpleNamespace(
+            fileno=lambda: descriptor, setsockopt=sock.setsockopt, getsockopt=sock.getsockopt
+        )
         self.reads = True
         self.closed = False
+        self.lost = False  # and the server knows
         self.aborted = False  # by the server
         self.flooded = False  # it was sent messages while it read nothing
         self._protocol = None
         self._unsent = []  # before the connection was accepted
         self._buffer = bytearray()
+        self._in_system = 0  # so many bytes of the buffer are with the system, the rest is with the transport
+
+    # The descriptor
+
+    def write_directly(self, data):
+        assert not self.lost, "written to a descriptor that may be another's"
+        assert self.get_write_buffer_size() == 0, "overtook what is in the transport's buffer"
+        if self.closed or (not self.reads and self._in_system):
+            raise BlockingIOError
+        taken = len(data) if self.reads else len(data) // 2
+        self._take(data[:taken])
+        self._in_system = len(self._buffer)
+        return taken
 
     # The transport
 
@@ -204,7 +221,7 @@ class Peer:
         return self.closed
 
     def get_write_buffer_size(self):
-        return 0 if self.reads or not self._buffer else BUFFER_LIMIT + len(self._buffer)
+        return len(self._buffer) - self._in_system
 
     def pause_reading(self):
         """What it sends is in no buffer that could be full."""
@@ -214,13 +231,17 @@ class Peer:
 
     def write(self, data):
         assert not self.closed, "written to a closed transport"
+        is_too_much = self.get_write_buffer_size() > 0
+        self._take(data)
+        if is_too_much and not self.reads and not self._protocol.full:
+            self._protocol.pause_writing()
+
+    def _take(self, data):
         if self._protocol.full and b'"type":"message"' in data:
             self.flooded = True
         self._buffer += data
         if self.reads:
             self.read()
-        elif not self._protocol.full:
-            self._protocol.pause_writing()
 
     def abort(self):
         self.aborted = True
@@ -244,7 +265,11 @@ class Peer:
         if not self.closed:
             self.closed = True
             if self._protocol is not None:
-                self._loop.call_soon(self._protocol.connection_lost, None)
+                self._loop.call_soon(self._lose)
+
+    def _lose(self):
+        self._protocol.connection_lost(None)
+        self.lost = True
 
     def send(self, frame):
         self.log.sent(frame)
@@ -260,6 +285,7 @@ class Peer:
         while (parsed := unframe(self._buffer)) is not None and frames != 0:
             opcode, payload, size = parsed
             del self._buffer[:size]
+            self._in_system = min(self._in_system, len(self._buffer))
             if opcode == 1:
                 self.log.received(json.loads(payload))
             frames = frames and frames - 1
@@ -279,6 +305,9 @@ class Channel(RuleBasedStateMachine):
             mock.patch.object(room, "PAGE_SIZE", 2),
             mock.patch.object(room, "RECENT_FRAMES", 4),
             mock.patch.object(writer, "time", types.SimpleNamespace(monotonic=self.loop.time)),
+            mock.patch.object(
+                websocket, "os", types.SimpleNamespace(name="posix", write=self.write_directly)
+            ),
         ]
         for patch in self.patches:
             patch.start()
@@ -286,6 +315,7 @@ class Channel(RuleBasedStateMachine):
         self.repository = FakeRepository()
         self.hub = Hub(CONFIG, self.repository)
         self.writer = MessageWriter(CONFIG, self.repository, self.hub)
+        self.descriptors = []  # all peers
         self.peers = []  # those who are connected
         self.logs = []
         self.tasks = [self.loop.create_task(self.writer.run())]
@@ -331,11 +361,15 @@ class Channel(RuleBasedStateMachine):
             else:
                 peer.connect(client)
 
-        peer = Peer(self.loop, self.socket, f"peer {len(self.logs)}", user_id, after)
+        peer = Peer(self.loop, self.socket, len(self.descriptors), f"peer {len(self.logs)}", user_id, after)
+        self.descriptors.append(peer)
         self.tasks.append(self.loop.create_task(serve(peer)))
         self.peers.append(peer)
         self.logs.append(peer.log)
         self.spin()
+
+    def write_directly(self, descriptor, data):
+        return self.descriptors[descriptor].write_directly(data)
 
     @precondition(lambda self: self.peers)
     @rule(data=st.data())

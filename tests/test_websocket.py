@@ -1,15 +1,18 @@
 """What a `WebSocket` must cope with, in moments that real sockets rarely have."""
 
 import asyncio
+import os
 import socket
 from unittest import mock
 
 import pytest
 
 from tests.raw_client import client_frame
+from tests.support import WAIT
 from tollerchat.turns import Turns
 from tollerchat.websocket import BUFFER_LIMIT, WebSocket
 
+ANSWER = b"answer" * 200_000
 CLOSE_1000 = b"\x88\x82\0\0\0\0\x03\xe8"
 
 
@@ -19,6 +22,7 @@ class Listener:
     def __init__(self):
         self.websocket = None
         self.heard = []
+        self.gone = asyncio.Event()
 
     def read_pump(self):
         self.websocket.parse()
@@ -34,6 +38,7 @@ class Listener:
 
     def lost(self):
         self.heard.append("lost")
+        self.gone.set()
 
 
 @pytest.fixture
@@ -51,6 +56,36 @@ async def listener(transport):
     listener = Listener()
     listener.websocket = WebSocket(transport, listener, Turns(), max_size=8192)
     return listener
+
+
+@pytest.fixture
+async def peer():
+    """The other end of a real connection, whose listener has 1 MB of an answer in its transport."""
+    ours, peer = socket.socketpair()
+    with peer:
+        peer.setblocking(False)
+        transport, _ = await asyncio.get_running_loop().create_unix_connection(asyncio.Protocol, sock=ours)
+        transport.write(ANSWER)
+        listener = Listener()
+        listener.websocket = WebSocket(transport, listener, Turns(), max_size=8192)
+        listener.websocket.take_over(mock.Mock(protocol=mock.Mock(writing_paused=True)))
+        yield Peer(peer, listener)
+        transport.abort()
+        await asyncio.wait_for(listener.gone.wait(), WAIT)
+
+
+class Peer:
+    def __init__(self, sock, listener):
+        self.websocket = listener.websocket
+        self.listener = listener
+        self._socket = sock
+
+    async def read(self, size):
+        data = bytearray()
+        while len(data) < size:
+            received = asyncio.get_running_loop().sock_recv(self._socket, size - len(data))
+            data += await asyncio.wait_for(received, WAIT)
+        return bytes(data)
 
 
 async def turns(count=10):
@@ -98,3 +133,47 @@ async def test_nothing_is_heard_after_we_closed(listener):
     listener.websocket.connection_lost(None)
     await turns()
     assert listener.heard == ["lost"]
+
+
+@pytest.mark.parametrize("size", [10, 1000, 50_000])
+async def test_what_is_written_arrives_whole_and_in_order(peer, size):
+    """Whether the system takes it at once, or a part of it, or the transport has it for a while."""
+    websocket = peer.websocket
+    assert websocket.transport.get_write_buffer_size()
+    frames = [bytes([n]) * size for n in range(240)]
+    sent = list(frames)
+    for _ in range(100):
+        websocket.write(sent.pop(0))
+    received = await peer.read(len(ANSWER) + 50 * size)
+    while sent:
+        websocket.write(sent.pop(0))
+        websocket.hold()
+        websocket.write(sent.pop(0))
+        websocket.write(sent.pop(0))
+        websocket.release()
+        websocket.write(sent.pop(0))
+        received += await peer.read(5 * size if len(received) < len(ANSWER) + 200 * size else 3 * size)
+    received += await peer.read(len(ANSWER) + 240 * size - len(received))
+    assert received == ANSWER + b"".join(frames)
+
+
+async def test_nothing_is_written_to_a_descriptor_that_was_given_back(peer):
+    """It may be another connection's by then."""
+    await peer.read(len(ANSWER))
+    peer.websocket.write(b"before")
+    assert await peer.read(6) == b"before"
+    descriptor = peer.websocket.transport.get_extra_info("socket").fileno()
+    others, another = socket.socketpair()
+    with others, another:
+        peer.websocket.transport.abort()
+        await asyncio.wait_for(peer.listener.gone.wait(), WAIT)
+        await turns()
+        os.dup2(another.fileno(), descriptor)
+        try:
+            peer.websocket.write(b"behind")
+            peer.websocket.close(1001, "bye")
+        finally:
+            os.close(descriptor)
+        others.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            others.recv(1)

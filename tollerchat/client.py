@@ -252,11 +252,7 @@ class Client:
         assert websocket is not None
         if websocket.full:
             return False
-        outbox = self.outbox
-        if (outbox is None or not outbox.own) and websocket.held is None:
-            websocket.transport.write(page.blob)
-        else:
-            websocket.write(self._others(page))
+        websocket.write(self._others(page))
         return True
 
     def _others(self, page: Page) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import sys
 from typing import Any, Final, Protocol
@@ -60,6 +61,9 @@ class WebSocket(asyncio.Protocol):
     __slots__ = (
         "_abort_timer",
         "_closing",
+        "_descriptor",
+        "_direct",
+        "_held",
         "_listener",
         "_lost",
         "_progress_at",
@@ -71,7 +75,6 @@ class WebSocket(asyncio.Protocol):
         "deaf",
         "full",
         "heard_at",
-        "held",
         "loop",
         "paused",
         "transport",
@@ -89,8 +92,10 @@ class WebSocket(asyncio.Protocol):
         self.deaf = False  # what the peer sends does not count any more: one of us has sent a close frame
         self._lost = False  # the connection is gone
         self._abort_timer: asyncio.TimerHandle | None = None
-        self.held: list[bytes] | None = None  # what is written between hold() and release()
+        self._held: list[bytes] | None = None  # what is written between hold() and release()
         self._unparsed = b""
+        self._descriptor = _descriptor(transport)
+        self._direct = False  # nothing is in the way of a write: the system can be called at once
         self._turns = turns
         self._waits = False  # for its turn, to call read_pump
         self.paused = True  # not reading; aiohttp may have paused it, so it is resumed in any case
@@ -206,24 +211,46 @@ class WebSocket(asyncio.Protocol):
         return self._closing or self.transport.is_closing()
 
     def write(self, data: bytes) -> None:
-        """Hand whole frames to the transport, unless the connection is closing."""
-        if self.held is not None:
-            self.held.append(data)
-        elif not self._closing and not self.transport.is_closing():
+        """Write whole frames, unless the connection is closing.
+
+        The way through the transport would cost as much again as the system's own work.
+        """
+        if self._direct or self._becomes_direct():
+            try:
+                written = os.write(self._descriptor, data)
+            except OSError:  # it takes nothing now, or is broken: the transport will see which
+                written = 0
+            if written == len(data):
+                return
+            self._direct = False
+            data = data[written:]
+        if self._held is not None:
+            self._held.append(data)
+        elif not self.closing:
             try:
                 self.transport.write(data)
             except Exception:  # uvloop raises where asyncio does not; whoever writes to many goes on
                 logger.exception("a connection failed and was aborted")
                 self.transport.abort()
 
+    def _becomes_direct(self) -> bool:
+        self._direct = (
+            self._descriptor >= 0
+            and self._held is None
+            and not self.closing
+            and not self.transport.get_write_buffer_size()
+        )
+        return self._direct
+
     def hold(self) -> None:
         """Keep what is written until `release`: a call of the system costs more than all the rest."""
-        if self.held is None:
-            self.held = []
+        if self._held is None:
+            self._held = []
+            self._direct = False
 
     def release(self) -> None:
         """Write what was kept, at once."""
-        held, self.held = self.held, None
+        held, self._held = self._held, None
         if held:
             self.write(held[0] if len(held) == 1 else b"".join(held))
 
@@ -240,6 +267,7 @@ class WebSocket(asyncio.Protocol):
         """Write nothing more, and abort if the connection is not gone in time."""
         if not self._closing:
             self._closing = True
+            self._direct = False
             self._listener.closing()
             self._abort_timer = self.loop.call_later(CLOSE_TIMEOUT, self.transport.abort)
 
@@ -278,6 +306,7 @@ class WebSocket(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closing = self._lost = True
+        self._direct = False  # from now on, the descriptor may be another connection's
         self._listener.closing()
         if self._abort_timer is not None:
             self._abort_timer.cancel()
@@ -292,6 +321,13 @@ class WebSocket(asyncio.Protocol):
         self._lost = False  # so that it is told once
         del self._reader  # which refers to us: without a cycle, memory is free at once
         self._listener.lost()
+
+
+def _descriptor(transport: asyncio.Transport) -> int:
+    """Where what is written to a transport ends up as it is; -1 if there is no such place."""
+    if os.name != "posix" or transport.get_extra_info("sslcontext") is not None:
+        return -1
+    return int(transport.get_extra_info("socket").fileno())
 
 
 class _Frames(WebSocketDataQueue):
