@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import aiopg
 
@@ -15,6 +15,8 @@ from tollerchat.protocol import MAX_ID, OutgoingMessage
 from tollerchat.saving import SAVE_AND_TELL, NewMessage, Saver, SaveResult
 
 __all__ = ("Repository",)
+
+SAVERS: Final = 2  # connections for storing: batches of different channels can be stored at the same time
 
 # Rows that came from elsewhere may lack a user or a time: the seed's columns are nullable.
 _COLUMNS = f"""content, coalesce(user_id, 0), channel_id, id,
@@ -52,13 +54,13 @@ class Repository:
         self.watch = ConnectionWatch()
         self._config = config
         self._readers: aiopg.Pool | None = None
-        self._saver: Saver | None = None
+        self._savers: list[Saver] = []
 
     async def open(self) -> None:
         """Get ready to connect. It connects when first used: a database that is away now may come back."""
         # Here, because processes may be forked from one that has the parts. Not 0: that lock is for all servers.
         self.server_id = 1 + secrets.randbelow(MAX_ID)
-        self._saver = Saver(self._config, self.watch, self.server_id)
+        self._savers = [Saver(self._config, self.watch, self.server_id) for _ in range(SAVERS)]
         self._readers = await Pool.from_pool_fill(
             self._config.db_url,
             minsize=0,
@@ -76,8 +78,8 @@ class Repository:
         await prepare(conn, self._config)
 
     async def close(self) -> None:
-        if self._saver is not None:
-            self._saver.close()
+        for saver in self._savers:
+            saver.close()
         if self._readers is not None:
             self._readers.terminate()  # close() alone would wait for a database that does not answer
             await self._readers.wait_closed()
@@ -162,8 +164,7 @@ class Repository:
 
         Raises what `save_messages` returns.
         """
-        assert self._saver is not None, "open() was not awaited"
-        (result,) = await self._saver.save([message], {}, SAVE_AND_TELL)
+        (result,) = await self._saver().save([message], {}, SAVE_AND_TELL)
         if isinstance(result, ChatError):
             raise result
         return result.message
@@ -173,5 +174,9 @@ class Repository:
 
         Telling our own clients is left to the caller.
         """
-        assert self._saver is not None, "open() was not awaited"
-        return await self._saver.save(batch, heads)
+        return await self._saver().save(batch, heads)
+
+    def _saver(self) -> Saver:
+        """One that is not busy, if there is one; then always the same, whose connection is warm."""
+        assert self._savers, "open() was not awaited"
+        return next((saver for saver in self._savers if not saver.busy), self._savers[0])

@@ -126,6 +126,11 @@ class Saver:
         self._connection: Connection | None = None
         self._busy = asyncio.Lock()
 
+    @property
+    def busy(self) -> bool:
+        """Whether it is storing something."""
+        return self._busy.locked()
+
     def close(self) -> None:
         """Close the connection; it would be made again."""
         if self._connection is not None:

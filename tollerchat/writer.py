@@ -1,4 +1,4 @@
-"""`MessageWriter`: group commit. All messages that wait go to the database in one transaction."""
+"""`MessageWriter`: group commit. Messages that wait go to the database together, in one transaction."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple, Protocol
 
@@ -24,7 +23,10 @@ logger = logging.getLogger("tollerchat.writer")
 
 BATCH_MESSAGES: Final = 500
 BATCH_CHARACTERS: Final = 128 * 1024  # bounds the blob of one commit, and so the buffers of slow clients
-WRITES_PER_MESSAGE: Final = 4  # that take as long as the database needs for the message
+LANES: Final = 2  # batches at a time: one with the database, and one that is delivered, or two small ones
+SMALL: Final = (
+    4  # messages with the database that another batch may join: large ones would slow each other down
+)
 GATHERING: Final = 0.25  # of the time that delivering took, to wait for more
 MIN_GATHERING: Final = 0.0005  # seconds; less is not worth a timer
 MAX_GATHERING: Final = 0.005
@@ -48,27 +50,26 @@ class Submission(NamedTuple):
     deadline: float  # by time.monotonic(); after it, it is not tried again
 
 
-class Commit(NamedTuple):
-    """A batch on its way to the database."""
-
-    batch: list[Submission]
-    rooms: list[Room]  # which are not to read the log past it before its answer
-    retry_delay: float = FIRST_RETRY_DELAY  # seconds
-
-
 class MessageWriter:
-    """Takes messages in, stores them in order, has them broadcast, and tells their senders."""
+    """Takes messages in, stores them in order, has them broadcast, and tells their senders.
+
+    A channel is in one batch at a time; what is submitted meanwhile waits behind it, and is the next one's: so a
+    room is written to once for many messages, and nothing overtakes. Other channels need not wait for it.
+    """
 
     def __init__(self, config: Config, repository: Repository, hub: Hub) -> None:
         self._config = config
         self._repository = repository
         self._hub = hub
-        self._waiting: deque[Submission] = deque()
-        self._parked: dict[int, list[Submission]] = {}  # of channels that somebody else holds
-        self._parked_count = 0
-        self._saving: asyncio.Task[list[SaveResult]] | None = None  # of a batch that began before its turn
-        self._work = asyncio.Event()  # there is something to store
-        self._idle = asyncio.Event()  # there is nothing to store, and nothing being stored
+        # By channel: what the next batch takes; what waits behind a batch; and of the latter, what comes first,
+        # because it was in a batch, but somebody else holds the channel.
+        self._ready: dict[int, list[Submission]] = {}
+        self._behind: dict[int, list[Submission]] = {}
+        self._parked: dict[int, list[Submission]] = {}
+        self._count = 0  # messages in all of them
+        self._storing = 0  # messages with the database
+        self._resting: list[asyncio.Future[None]] = []  # lanes without work
+        self._idle = asyncio.Event()  # nothing waits, and nothing is being stored
         self._idle.set()
         self._closed = False
         self._last_try = math.inf  # by time.monotonic(); after it, nothing is tried any more
@@ -77,12 +78,16 @@ class MessageWriter:
         """Queue a message. Raises `Unavailable` where it cannot wait; else the sender is told in time."""
         if self._closed:
             raise Unavailable("the server is shutting down: send it again to another one")
-        if len(self._waiting) + self._parked_count >= self._config.max_pending:
+        if self._count >= self._config.max_pending:
             raise Unavailable("too many messages wait for the database: send it again later")
-        deadline = time.monotonic() + self._config.store_timeout
-        self._waiting.append(Submission(message, sender, deadline))
-        self._work.set()
+        submission = Submission(message, sender, time.monotonic() + self._config.store_timeout)
+        self._count += 1
         self._idle.clear()
+        if (behind := self._behind.get(message.channel_id)) is not None:
+            behind.append(submission)
+        else:
+            self._ready.setdefault(message.channel_id, []).append(submission)
+            self._wake()
 
     async def flush(self, timeout: float) -> None:
         """Take nothing more, and wait until all that was taken has its answer.
@@ -95,34 +100,97 @@ class MessageWriter:
 
     async def run(self) -> None:
         """Store what is submitted, until cancelled."""
+        lanes = [asyncio.create_task(self._lane()) for _ in range(LANES)]
         try:
-            while True:
-                await self._work.wait()
-                commit = self._next()
-                while commit is not None:
-                    commit = await self._finish(commit)
-                self._work.clear()
-                if not self._parked:
-                    self._idle.set()
+            await asyncio.gather(*lanes)
         finally:
-            await end_tasks(self._saving)
+            await end_tasks(*lanes)
 
-    def _next(self, limit: int = BATCH_MESSAGES) -> Commit | None:
-        """What waits, if anything does."""
-        if not (batch := self._take_batch(limit)):
-            return None
-        return Commit(batch, self._hub.begin_commit({each.message.channel_id for each in batch}))
+    async def _lane(self) -> None:
+        """Store one batch after the other."""
+        loop = asyncio.get_running_loop()
+        while True:
+            while not self._may_begin():
+                resting = loop.create_future()
+                self._resting.append(resting)
+                await resting
+            batch = self._next()
+            self._wake()  # if it is too much for one batch
+            await self._store(batch)
 
-    async def _save(self, commit: Commit) -> list[SaveResult]:
-        messages = [submission.message for submission in commit.batch]
+    def _may_begin(self) -> bool:
+        return bool(self._ready) and self._storing <= SMALL
+
+    def _wake(self) -> bool:
+        """Have a lane take what waits, if one can: the one that rested last, all of whose memory is warm."""
+        if wakes := bool(self._resting) and self._may_begin():
+            self._resting.pop().set_result(None)
+        return wakes
+
+    def _next(self) -> list[Submission]:
+        """A batch of what is ready, within bounds, each channel's in order; the rest of these channels is behind it."""
+        batch: list[Submission] = []
+        size = 0
+        while self._ready and len(batch) < BATCH_MESSAGES and size < BATCH_CHARACTERS:
+            channel_id = next(iter(self._ready))
+            behind = self._behind[channel_id] = []
+            nonces = set()
+            for submission in self._ready.pop(channel_id):
+                message = submission.message
+                # Not the same nonce twice: the second waits for the first.
+                key = (message.user_id, message.nonce)
+                if key in nonces or len(batch) >= BATCH_MESSAGES or size >= BATCH_CHARACTERS:
+                    behind.append(submission)
+                    continue
+                if message.nonce is not None:
+                    nonces.add(key)
+                batch.append(submission)
+                size += len(message.content)
+        self._count -= len(batch)
+        return batch
+
+    async def _store(self, batch: list[Submission]) -> None:
+        """Store a batch, have it broadcast, and tell the senders; what fails is tried again, or parked."""
+        channel_ids = {submission.message.channel_id for submission in batch}
+        rooms = self._hub.begin_commit(channel_ids)  # which are not to read the log past it before its answer
+        retry_delay = FIRST_RETRY_DELAY
+        while True:
+            self._storing += len(batch)
+            results = await self._save(batch, rooms)
+            self._storing -= len(batch)
+            if self._wake():
+                await asyncio.sleep(0)  # the database shall work while we deliver
+            started = time.monotonic()
+            try:
+                batch = self._answer(batch, results)
+            except Exception:  # the rows may be stored: the log has them, and the writer must go on
+                logger.exception("the answers to %d messages could not be dealt with", len(results))
+                for result in results:
+                    if isinstance(result, Saved):
+                        self._hub.hint(result.message.channel_id, result.message.message_id)
+                break
+            if not batch:
+                break
+            await asyncio.sleep(retry_delay)
+            retry_delay = min(2 * retry_delay, LAST_RETRY_DELAY)
+        self._hub.end_commit(rooms)
+        # The many clients of a room are written to once for all that comes meanwhile.
+        gathering = (time.monotonic() - started) / len(channel_ids) * GATHERING
+        if gathering > MIN_GATHERING:
+            await asyncio.sleep(min(gathering, MAX_GATHERING))
+        for channel_id in channel_ids:
+            self._release(channel_id)
+
+    async def _save(self, batch: Sequence[Submission], rooms: Iterable[Room]) -> list[SaveResult]:
+        messages = [submission.message for submission in batch]
         # They may have waited behind others.
-        deadline = max(submission.deadline for submission in commit.batch)
+        deadline = max(submission.deadline for submission in batch)
         if time.monotonic() >= min(deadline, self._last_try):
             await asyncio.sleep(0)  # there may be many batches of them, and others want their turn
             problem = "the server is shutting down" if self._closed else "the database is too slow"
             return [Unavailable(f"{problem}: send it again later")] * len(messages)
         try:
-            heads = {room.channel_id: room.head for room in commit.rooms}
+            heads = {room.channel_id: room.head for room in rooms}
             return await self._repository.save_messages(messages, heads)
         except Unavailable as exc:
             logger.warning("%d messages are not stored yet: %s", len(messages), exc)
@@ -131,84 +199,19 @@ class MessageWriter:
             logger.exception("%d messages could not be stored", len(messages))
             return [Unavailable("the message could not be stored", sent=True)] * len(messages)
 
-    async def _finish(self, commit: Commit) -> Commit | None:
-        """Wait for the database, and deal with its answers; returns what is on its way then."""
-        saving, self._saving = self._saving, None
-        results = await (saving or self._save(commit))
-        following = None
-        if self._waiting and self._may_overlap(commit, results):
-            # The database works on the next batch while we deliver this one: half of what is under way each.
-            limit = min(BATCH_MESSAGES, (len(commit.batch) + len(self._waiting) + 1) // 2)
-            if (following := self._next(limit)) is not None:
-                self._saving = asyncio.create_task(self._save(following))
-                await asyncio.sleep(0)  # has it sent
-        started = time.monotonic()
-        try:
-            retry = self._answer(commit.batch, results)
-        except Exception:  # the rows may be stored: the log has them, and the writer must go on
-            logger.exception("the answers to %d messages could not be dealt with", len(results))
-            retry = []
-            for result in results:
-                if isinstance(result, Saved):
-                    self._hub.hint(result.message.channel_id, result.message.message_id)
-        if retry:  # then nothing follows, see _may_overlap()
-            await asyncio.sleep(commit.retry_delay)
-            return Commit(retry, commit.rooms, min(commit.retry_delay * 2, LAST_RETRY_DELAY))
-        self._hub.end_commit(commit.rooms)
-        if following is None:
-            # Many clients are written to once for all that comes meanwhile.
-            gathering = (time.monotonic() - started) * GATHERING
-            if gathering > MIN_GATHERING:
-                await asyncio.sleep(min(gathering, MAX_GATHERING))
-            following = self._next()
-        return following
-
-    def _may_overlap(self, commit: Commit, results: Iterable[SaveResult]) -> bool:
-        """Whether the next batch may and should be stored before this one is delivered."""
-        # Nothing of a client may overtake what has to be tried again.
-        if not all(isinstance(result, Saved) for result in results):
-            return False
-        # Where delivering takes longer than storing, a large batch, one write to each, is worth more.
-        writes = sum(len(room.live) for room in commit.rooms)
-        return writes <= WRITES_PER_MESSAGE * len(commit.batch)
-
-    def _take_batch(self, limit: int) -> list[Submission]:
-        """What waits, in order and within bounds, but no nonce twice: the second waits for the first."""
-        batch: list[Submission] = []
-        repeated: list[Submission] = []
-        nonces: set[tuple[int, int, str]] = set()
-        characters = 0
-        while self._waiting and len(batch) < limit and characters < BATCH_CHARACTERS:
-            submission = self._waiting.popleft()
-            message = submission.message
-            if message.channel_id in self._parked:
-                self._park(submission)
-                continue
-            if message.nonce is not None:
-                key = (message.channel_id, message.user_id, message.nonce)
-                if key in nonces:
-                    repeated.append(submission)
-                    continue
-                nonces.add(key)
-            batch.append(submission)
-            characters += len(message.content)
-        self._waiting.extendleft(reversed(repeated))
-        return batch
-
-    def _park(self, submission: Submission) -> None:
-        """Let a message wait for its channel, without holding up the others."""
-        channel_id = submission.message.channel_id
-        if channel_id not in self._parked:
-            self._parked[channel_id] = []
+    def _release(self, channel_id: int) -> None:
+        """A batch of the channel is dealt with: what is behind it, or parked, can be next."""
+        if channel_id in self._parked:
             asyncio.get_running_loop().call_later(LAST_RETRY_DELAY, self._unpark, channel_id)
-        self._parked[channel_id].append(submission)
-        self._parked_count += 1
+        elif behind := self._behind.pop(channel_id):
+            self._ready[channel_id] = behind
+            self._wake()
+        elif not (self._ready or self._behind):
+            self._idle.set()
 
     def _unpark(self, channel_id: int) -> None:
-        parked = self._parked.pop(channel_id)
-        self._parked_count -= len(parked)
-        self._waiting.extendleft(reversed(parked))
-        self._work.set()
+        self._behind[channel_id][:0] = self._parked.pop(channel_id)
+        self._release(channel_id)
 
     def _answer(self, batch: Sequence[Submission], results: Iterable[SaveResult]) -> list[Submission]:
         """Broadcast what is committed and tell the senders; returns what is worth another try."""
@@ -226,7 +229,8 @@ class MessageWriter:
                     committed.setdefault(result.message.channel_id, []).append(result)
             elif self._may_retry(submission, result):
                 if isinstance(result, ChannelLocked):
-                    self._park(submission)
+                    self._parked.setdefault(submission.message.channel_id, []).append(submission)
+                    self._count += 1
                 else:
                     retry.append(submission)
                 continue
