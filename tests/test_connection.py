@@ -17,7 +17,7 @@ async def watched(database, monkeypatch):
     monkeypatch.setattr(connection, "WATCH_INTERVAL", 0.01)
     watch = ConnectionWatch()
     watched = await connect(database.url, timeout=WAIT, **OPTIONS)
-    await watch.add(watched)
+    watch.add(watched)
     watching = asyncio.create_task(watch.run())
     with contextlib.closing(watched):
         yield watched, watching

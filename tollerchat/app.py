@@ -117,7 +117,7 @@ def setup(app: web.Application, config: Config) -> None:
 async def _parts(app: web.Application) -> AsyncIterator[None]:
     async with contextlib.AsyncExitStack() as stack:
         await app[repository_key].open()
-        stack.push_async_callback(app[repository_key].close)
+        stack.callback(app[repository_key].close)
         works = (
             app[repository_key].watch.run,
             app[writer_key].run,

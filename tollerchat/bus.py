@@ -11,7 +11,7 @@ import psycopg2
 
 from tollerchat.config import Config
 from tollerchat.connection import FAILURES, OPTIONS, Connection, connect
-from tollerchat.database import run_query
+from tollerchat.database import prepare, run_query
 from tollerchat.errors import Unavailable
 from tollerchat.hub import Hub
 from tollerchat.repository import Repository
@@ -67,7 +67,8 @@ class PostgresBus:
             try:
                 connection = await connect(self._config.db_url, timeout=self._config.db_timeout, **OPTIONS)
                 with contextlib.closing(connection):
-                    await self._repository.prepare(connection)
+                    self._repository.watch.add(connection)
+                    await prepare(connection, self._config)
                     await self._execute(connection, _LISTEN)
                     self._hub.access.remembers = True
                     # Whatever was notified before is found in the tables.

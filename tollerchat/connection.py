@@ -15,11 +15,10 @@ from typing import Any, Final
 
 import aiopg
 import aiopg.connection
-import aiopg.pool
 import psycopg2
 from psycopg2.extensions import make_dsn, parse_dsn
 
-__all__ = ("FAILURES", "OPTIONS", "Connection", "ConnectionWatch", "Pool", "connect", "distrust")
+__all__ = ("FAILURES", "OPTIONS", "Connection", "ConnectionWatch", "connect", "distrust")
 
 logger = logging.getLogger("tollerchat.connection")
 
@@ -130,14 +129,6 @@ async def connect(dsn: str, *, timeout: float, **options: Any) -> Connection:
     raise AssertionError("a name without an address")
 
 
-class Pool(aiopg.Pool):
-    """A pool of such connections; but for `connect`, it is aiopg's."""
-
-    _fill_free_pool: Any = types.FunctionType(
-        aiopg.Pool._fill_free_pool.__code__, {**vars(aiopg.pool), "connect": connect}
-    )
-
-
 async def _addresses(dsn: str) -> list[dict[str, Any]]:
     """The parameters of a connection for each address of the database. Raises `OSError` if there is none."""
     parameters = parse_dsn(dsn)
@@ -240,8 +231,8 @@ class ConnectionWatch:
     def __init__(self) -> None:
         self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
-    async def add(self, connection: Connection) -> None:
-        """Watch a connection for as long as it lives. Awaitable, as a pool's `on_connect` must be."""
+    def add(self, connection: Connection) -> None:
+        """Watch a connection for as long as it lives."""
         self._connections.add(connection)
 
     async def run(self) -> None:

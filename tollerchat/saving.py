@@ -1,16 +1,16 @@
 """`Saver`: how a batch of messages is stored, and each of them gets a result of its own."""
 
-import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
+import aiopg
 import msgspec
 import psycopg2
 
 from tollerchat.config import Config
-from tollerchat.connection import FAILURES, OPTIONS, Connection, ConnectionWatch, connect, distrust
-from tollerchat.database import TIME_FORMAT, explain, has_answered, prepare, run_query
+from tollerchat.connection import ConnectionWatch
+from tollerchat.database import TIME_FORMAT, run_query
 from tollerchat.errors import (
     ChannelLocked,
     ChatError,
@@ -22,11 +22,14 @@ from tollerchat.errors import (
 )
 from tollerchat.logs import Seldom
 from tollerchat.protocol import OutgoingMessage
+from tollerchat.session import Sessions
 
 __all__ = ("LOCK_KEY", "SERVERS_KEY", "NewMessage", "SaveResult", "Saved", "Saver")
 
 logger = logging.getLogger("tollerchat.saving")
 logger.addFilter(Seldom())  # it may be about many at once
+
+SESSIONS: Final = 2  # how many batches can be stored at a time
 
 # First key of the advisory locks, the second is the channel ("toll" in ASCII; schema.sql has it too).
 LOCK_KEY = 0x746F6C6C
@@ -63,7 +66,9 @@ _PREPARE = f"""
             old.id AS old_id, old.content AS old_content, old.created_at AS old_created_at,
             CASE WHEN old.id IS NULL THEN nextval(%(sequence)s::regclass) END AS id,
             CASE WHEN head IS NOT NULL THEN (
-                SELECT max(id) FROM messages WHERE messages.channel_id = new.channel_id AND id > head
+                SELECT id FROM messages
+                WHERE (messages.channel_id, id) > (new.channel_id, head) AND messages.channel_id <= new.channel_id
+                ORDER BY messages.channel_id DESC, id DESC LIMIT 1
             ) END AS unknown
         FROM ROWS FROM (
             json_to_recordset($1) AS (channel_id int, user_id int, content text, nonce text, head bigint)
@@ -117,24 +122,15 @@ SaveResult = Saved | ChatError
 
 
 class Saver:
-    """Stores messages over one connection, which is kept, because the statements are prepared on it."""
+    """Stores messages."""
 
     def __init__(self, config: Config, watch: ConnectionWatch, server_id: int) -> None:
-        self._config = config
-        self._watch = watch
         self._server_id = server_id
-        self._connection: Connection | None = None
-        self._busy = asyncio.Lock()
-
-    @property
-    def busy(self) -> bool:
-        """Whether it is storing something."""
-        return self._busy.locked()
+        self._sessions = Sessions(config, watch, SESSIONS, self._prepare)
 
     def close(self) -> None:
-        """Close the connection; it would be made again."""
-        if self._connection is not None:
-            self._connection.close()
+        """Close the connections; they would be made again."""
+        self._sessions.close()
 
     async def save(
         self, batch: Sequence[NewMessage], heads: Mapping[int, int], sql: str = _SAVE
@@ -224,35 +220,11 @@ class Saver:
 
     async def _run(self, sql: str, parameters: Any) -> list[tuple[Any, ...]]:
         """Run a query. Raises `psycopg2.Error` if it may be about single rows, else `Unavailable`."""
-        async with self._busy:
-            try:
-                if self._connection is None or self._connection.closed:
-                    self._connection = None
-                    self._connection = await self._connect()
-                return await run_query(self._cursor, sql, parameters)
-            except FAILURES as exc:
-                if has_answered(self._connection, exc):
-                    if _is_of_rows(exc):
-                        raise
-                    distrust(self._config.db_url)
-                unavailable = explain(exc, self._connection)
-                if self._connection is not None:
-                    self._connection.close()  # whatever its state is, and that of the prepared statement
-                raise unavailable from exc
+        return await self._sessions.run(sql, parameters, expects=_is_of_rows)
 
-    async def _connect(self) -> Connection:
-        conn = await connect(self._config.db_url, timeout=self._config.db_timeout, **OPTIONS)
-        try:
-            await self._watch.add(conn)
-            await prepare(conn, self._config)
-            cursor = await conn.cursor()
-            ((sequence,),) = await run_query(cursor, "SELECT pg_get_serial_sequence('messages', 'id')", ())
-            await run_query(cursor, _PREPARE, {"sequence": sequence, "server": str(self._server_id)})
-        except BaseException:
-            conn.close()
-            raise
-        self._cursor = cursor
-        return conn
+    async def _prepare(self, cursor: aiopg.Cursor) -> None:
+        ((sequence,),) = await run_query(cursor, "SELECT pg_get_serial_sequence('messages', 'id')", ())
+        await run_query(cursor, _PREPARE, {"sequence": sequence, "server": str(self._server_id)})
 
 
 def _results(

@@ -1,0 +1,40 @@
+"""What queries cost, where the database's planner could choose badly."""
+
+from tests.support import until
+from tollerchat.protocol import MAX_BIGINT
+from tollerchat.repository import Repository
+from tollerchat.saving import NewMessage
+
+OTHERS = 30_000  # messages of a busy channel
+
+_READ = """
+    SELECT sum(idx_tup_read), sum(idx_scan) FROM pg_stat_user_indexes WHERE relname = 'messages'"""
+_CONNECTED = """
+    SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"""
+
+
+async def test_quiet_channel_does_not_cost_what_busy_ones_have(config, database):
+    """Where channels are few, the index of ids alone looks quick to the planner, and has all messages in it."""
+    database.insert("first", "second", channel_id=2)
+    database.execute(
+        f"""SET session_replication_role = replica;
+        INSERT INTO messages (channel_id, user_id, content) SELECT 1, 1, 'x' FROM generate_series(1, {OTHERS});
+        SET session_replication_role = origin; ANALYZE"""
+    )
+    ((before, scans),) = database.execute(_READ)
+    repository = Repository(config)
+    await repository.open()
+    try:
+        assert len(await repository.load_last_messages(2, MAX_BIGINT, 51)) == 2
+        assert len(await repository.load_messages_after(2, 0, MAX_BIGINT, 64)) == 2
+        assert len(await repository.load_messages_after(3, 0, MAX_BIGINT, 64)) == 0
+        assert await repository.nth_newest_id(2, 0, MAX_BIGINT, 1) is not None
+        assert await repository.newest_ids([3]) == {3: 0}
+        (saved,) = await repository.save_messages([NewMessage(2, 1, "third")], {})
+        assert await repository.newest_ids([2]) == {2: saved.message.message_id}
+        assert saved.previous < saved.message.message_id - OTHERS
+    finally:
+        repository.close()
+    # They tell the statistics when they go.
+    await until(lambda: database.execute(_CONNECTED) == [(0,)] and database.execute(_READ)[0][1] > scans)
+    assert database.execute(_READ)[0][0] - before < OTHERS / 100
