@@ -19,6 +19,7 @@ class Turns:
 
     def __init__(self) -> None:
         self._waiting: deque[Callable[[], None]] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._scheduled = False
 
     def ask(self, callback: Callable[[], None]) -> None:
@@ -29,7 +30,9 @@ class Turns:
 
     def _schedule(self) -> None:
         self._scheduled = True
-        asyncio.get_running_loop().call_soon(self._run)
+        if self._loop is None:  # to ask for it each time is a call of the system, before Python 3.12
+            self._loop = asyncio.get_running_loop()
+        self._loop.call_soon(self._run)
 
     def _run(self) -> None:
         self._scheduled = False
