@@ -440,6 +440,8 @@ async def test_deleted_channel_closes_with_4404(server, database):
 
 async def test_message_to_a_deleted_channel_is_refused_and_the_rest_of_its_batch_is_not(server, database):
     (alice, _), (carol, _) = await server.join(1, 1), await server.join(3, 2)
+    await until(lambda: server.app[hub_key].access.remembers)  # it listens
+    await server.app[hub_key].resync()  # and so has compared: it would find out, and close
     database.execute("ALTER TABLE channels DISABLE TRIGGER tollerchat_channel_deleted")
     database.execute("DELETE FROM channels WHERE id = 1")
     await asyncio.gather(alice.send("too late", nonce="a"), carol.send("in time", nonce="c"))

@@ -413,6 +413,12 @@ class Channel(RuleBasedStateMachine):
 
     @precondition(lambda self: self.peers)
     @rule(data=st.data())
+    def type(self, data):
+        self.peers[self.pick(self.peers, data)].send({"type": "typing"})
+        self.spin()
+
+    @precondition(lambda self: self.peers)
+    @rule(data=st.data())
     def stop_reading(self, data):
         self.peers[self.pick(self.peers, data)].reads = False
 

@@ -23,12 +23,16 @@ class Listener:
         self.websocket = None
         self.heard = []
         self.gone = asyncio.Event()
+        self.descriptors = []  # when it stalled
 
     def read_pump(self):
         self.websocket.parse()
 
     def received(self, text):
         self.heard.append(text)
+
+    def stalled(self):
+        self.descriptors.append(self.websocket.descriptor)
 
     def drained(self):
         pass

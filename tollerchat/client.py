@@ -150,11 +150,11 @@ class Client:
 
     def closing(self) -> None:
         """Nothing is to be sent any more."""
-        self._room.live.discard(self)
+        self._room.live.pop(self, None)
 
     def lost(self) -> None:
         """The connection is gone."""
-        self._room.live.discard(self)
+        self._room.live.pop(self, None)
         self._hub.dismiss(self)
 
     def check(self, now: float, unix_time: float) -> None:
@@ -211,6 +211,7 @@ class Client:
         if self.outbox is None:
             assert self._socket is not None
             self.outbox = Outbox(self._socket, self.user_id, self._config.max_in_flight, v1=self.v1)
+            self.stalled()
         message = NewMessage(self.channel_id, self.user_id, frame.content, frame.nonce)
         try:
             if self.outbox.is_refusing:
@@ -246,14 +247,25 @@ class Client:
         if self._socket is not None and not self._socket.full:
             self._socket.write(data)
 
-    def deliver(self, page: Page) -> bool:
-        """Give a live client what was committed; false if it lags."""
+    def deliver(self, page: Page, written: int) -> bool:
+        """Give a live client what was committed, of which some bytes may be written; false if it lags."""
         websocket = self._socket
         assert websocket is not None
         if websocket.full:
             return False
-        websocket.write(self._others(page))
+        websocket.write(self._others(page)[written:])
+        self.stalled()
         return True
+
+    def stalled(self) -> None:
+        """Tell the room whether it may still write by itself."""
+        if self in self._room.live:
+            self._room.live[self] = self._descriptor()
+
+    def _descriptor(self) -> int:
+        """Where the room may write by itself: not to one who sends, and must not get its own messages."""
+        assert self._socket is not None
+        return self._socket.descriptor if self.outbox is None else -1
 
     def _others(self, page: Page) -> bytes:
         return page.blob if self.outbox is None else self.outbox.others(page)
@@ -312,4 +324,4 @@ class Client:
             self._ready = True
             if self.v1:
                 self.write(encode(ReadyFrame(self.channel_id, self.user_id, self._room.head, self._gap)))
-        self._room.live.add(self)
+        self._room.live[self] = self._descriptor()

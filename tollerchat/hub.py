@@ -64,7 +64,7 @@ class Hub:
             if room is None:
                 return
             room.clients.discard(client)
-            room.live.discard(client)
+            room.live.pop(client, None)
             if room.clients:
                 return
             del self.rooms[client.channel_id]

@@ -15,6 +15,7 @@ from tollerchat.protocol import MAX_BIGINT, OutgoingMessage, encode
 from tollerchat.repository import Repository
 from tollerchat.saving import Saved
 from tollerchat.tasks import end_tasks
+from tollerchat.websocket import write_some
 
 if TYPE_CHECKING:
     from tollerchat.client import Client
@@ -55,7 +56,9 @@ class Room:
     def __init__(self, channel_id: int, repository: Repository, history_size: int) -> None:
         self.channel_id = channel_id
         self.clients: set[Client] = set()  # all connections
-        self.live: set[Client] = set()  # those whose cursor is `head`
+        # Those whose cursor is `head`, each with the descriptor that may be written to, or -1: most of what it costs to
+        # deliver is memory that has to be fetched, so of a client that only listens nothing is touched.
+        self.live: dict[Client, int] = {}
         self.head = 0  # the newest message id the live clients were given
         self._recent: deque[LogFrame] = deque()  # complete for _floor < id <= head
         self._recent_size = 0  # bytes
@@ -259,15 +262,17 @@ class Room:
         self._move_head(page.cursor)
         self._remember(frames)
         lagging = []
-        for client in self.live:
+        size = len(page.blob)
+        for client, descriptor in self.live.items():
             try:
-                if not client.deliver(page):
+                written = write_some(descriptor, page.blob) if descriptor >= 0 else 0
+                if written < size and not client.deliver(page, written):
                     lagging.append(client)
             except Exception:  # the rows are stored: one bad connection must not keep them from the others
                 logger.exception("channel %d: a connection failed and was aborted", self.channel_id)
                 client.abort()
         for client in lagging:
-            self.live.discard(client)
+            self.live.pop(client, None)
             client.fall_behind(before)
 
     def _forget_recent(self) -> None:
@@ -311,9 +316,11 @@ class Room:
 
     def tell_others(self, sender: Client, data: bytes) -> None:
         """Pass a frame that is not stored to all live clients but its sender."""
-        for client in self.live:
+        for client, descriptor in self.live.items():
             if client is not sender:
-                client.offer(data)
+                written = write_some(descriptor, data) if descriptor >= 0 else 0
+                if written < len(data):
+                    client.offer(data[written:])
 
 
 def _frames(messages: Iterable[OutgoingMessage]) -> list[LogFrame]:

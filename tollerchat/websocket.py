@@ -16,7 +16,7 @@ from aiohttp.http import WebSocketError, WebSocketReader, WSMessage, WSMsgType
 from tollerchat.protocol import CloseCode, close_frame, pong_frame
 from tollerchat.turns import Turns
 
-__all__ = ("BUFFER_LIMIT", "CLOSE_TIMEOUT", "WebSocket")
+__all__ = ("BUFFER_LIMIT", "CLOSE_TIMEOUT", "WebSocket", "write_some")
 
 logger = logging.getLogger("tollerchat.websocket")
 
@@ -40,6 +40,9 @@ class Listener(Protocol):
 
     def received_binary(self) -> None:
         """A whole binary message."""
+
+    def stalled(self) -> None:
+        """The system takes no more for now: `descriptor` is not to be used."""
 
     def drained(self) -> None:
         """The connection is not full any more."""
@@ -210,19 +213,21 @@ class WebSocket(asyncio.Protocol):
         """Whether nothing can be written any more."""
         return self._closing or self.transport.is_closing()
 
+    @property
+    def descriptor(self) -> int:
+        """Where whole frames may be written to as well, until it stalls or closes; -1 if that must wait."""
+        return self._descriptor if self._direct else -1
+
     def write(self, data: bytes) -> None:
         """Write whole frames, unless the connection is closing.
 
         The way through the transport would cost as much again as the system's own work.
         """
         if self._direct or self._becomes_direct():
-            try:
-                written = os.write(self._descriptor, data)
-            except OSError:  # it takes nothing now, or is broken: the transport will see which
-                written = 0
-            if written == len(data):
+            if (written := write_some(self._descriptor, data)) == len(data):
                 return
             self._direct = False
+            self._listener.stalled()
             data = data[written:]
         if self._held is not None:
             self._held.append(data)
@@ -321,6 +326,14 @@ class WebSocket(asyncio.Protocol):
         self._lost = False  # so that it is told once
         del self._reader  # which refers to us: without a cycle, memory is free at once
         self._listener.lost()
+
+
+def write_some(descriptor: int, data: bytes) -> int:
+    """Write what the system takes of some data, without waiting; returns how many bytes that is."""
+    try:
+        return os.write(descriptor, data)
+    except OSError:  # it is full, or broken: the transport will see which
+        return 0
 
 
 def _descriptor(transport: asyncio.Transport) -> int:
