@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+import ssl
 from unittest import mock
 
 import pytest
@@ -84,11 +85,16 @@ class Peer:
         self.listener = listener
         self._socket = sock
 
+    def hang_up(self):
+        self._socket.close()
+
     async def read(self, size):
         data = bytearray()
         while len(data) < size:
             received = asyncio.get_running_loop().sock_recv(self._socket, size - len(data))
-            data += await asyncio.wait_for(received, WAIT)
+            if not (part := await asyncio.wait_for(received, WAIT)):
+                raise EOFError
+            data += part
         return bytes(data)
 
 
@@ -181,3 +187,55 @@ async def test_nothing_is_written_to_a_descriptor_that_was_given_back(peer):
         others.setblocking(False)
         with pytest.raises(BlockingIOError):
             others.recv(1)
+
+
+async def test_what_is_held_stays_ahead_of_what_follows(peer):
+    """Also where it is too much for the system, and nobody reads meanwhile."""
+    await peer.read(len(ANSWER))
+    websocket = peer.websocket
+    websocket.write(b"first")
+    websocket.hold()
+    websocket.write(b"x" * 500_000)
+    assert websocket.descriptor == -1
+    websocket.write(b"second")
+    websocket.release()
+    websocket.write(b"third")
+    assert peer.listener.descriptors == [-1]
+    assert await peer.read(5 + 500_000 + 11) == b"first" + b"x" * 500_000 + b"secondthird"
+
+
+async def test_nothing_follows_a_close_frame(peer):
+    await peer.read(len(ANSWER))
+    peer.websocket.write(b"before")
+    peer.websocket.close(1001, "")
+    peer.websocket.write(b"behind")
+    assert await peer.read(10) == b"before\x88\x02\x03\xe9"
+    peer.websocket.transport.close()
+    with pytest.raises(EOFError):
+        await peer.read(1)
+
+
+async def test_write_to_a_peer_that_is_gone_ends_the_connection(peer):
+    await peer.read(len(ANSWER))
+    peer.hang_up()
+    while not peer.websocket.closing:
+        peer.websocket.write(b"x" * 100_000)
+        await asyncio.sleep(0)
+    await asyncio.wait_for(peer.listener.gone.wait(), WAIT)
+
+
+async def test_with_tls_all_goes_through_the_transport():
+    ours, peers = socket.socketpair()
+    with ours, peers:
+        extra = {"socket": ours, "sslcontext": ssl.create_default_context()}
+        transport = mock.Mock(
+            get_write_buffer_size=lambda: 0, is_closing=lambda: False, get_extra_info=extra.get
+        )
+        websocket = WebSocket(transport, Listener(), Turns(), max_size=8192)
+        websocket.write(b"a")
+        websocket.write(b"b")
+        assert websocket.descriptor == -1
+        assert [call.args for call in transport.write.call_args_list] == [(b"a",), (b"b",)]
+        peers.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            peers.recv(1)

@@ -1,6 +1,7 @@
 """How a `MessageWriter` makes batches of what is submitted; the database answers when the test says so."""
 
 import asyncio
+import types
 
 import pytest
 
@@ -90,11 +91,18 @@ class Desk:
 
 @pytest.fixture
 async def desk(monkeypatch):
-    monkeypatch.setattr(writer, "LAST_RETRY_DELAY", 0.05)
+    monkeypatch.setattr(writer, "LAST_RETRY_DELAY", 0.1)
     desk = Desk()
     task = asyncio.create_task(desk.writer.run())
     yield desk
     await end_tasks(task)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(writer, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
 
 
 async def test_what_waits_is_one_batch(desk):
@@ -197,10 +205,57 @@ async def test_what_failed_is_tried_again_before_what_is_behind_it(desk):
     await desk.batches(["a", "b"])
     desk.submit(1, "c")
     desk.repository.answer(but={"a": Unavailable("lost", sent=True)}.items())
-    await desk.batches(["a"])
-    assert desk.sender.told == ["b"]
+    await until(lambda: desk.sender.told == ["b"])
+    desk.submit(2, "d")
+    await desk.batches(["d"])
+    await desk.batches(["d"], ["a", "c"])
+
+
+async def test_what_waited_too_long_is_refused_at_once_where_the_database_fails(desk, clock):
+    """Each try may take seconds, and those of many channels would wait for one after the other."""
+    desk.submit(1, *"abcde", nonce=None)
+    await desk.batches(list("abcde"))
+    for channel_id in range(2, 30):
+        desk.submit(channel_id, f"early {channel_id}")
+    clock.now = CONFIG.store_timeout - 1
+    desk.submit(2, "late")
+    clock.now += 1
+    lost = Unavailable("lost", sent=True)
+    desk.repository.answer(but=dict.fromkeys("abcde", lost).items())
+    await desk.batches(["late"])
+    early = [f"early {channel_id}" for channel_id in range(2, 30)]
+    assert sorted(desk.sender.told) == sorted((content, "unavailable") for content in [*"abcde", *early])
+
+
+async def test_what_waited_long_is_stored_where_the_database_is_only_slow(desk, clock):
+    desk.submit(1, *"abcde")
+    await desk.batches(list("abcde"))
+    desk.submit(2, "f")
+    clock.now = 2 * CONFIG.store_timeout
     desk.repository.answer()
-    await desk.batches(["c"])
+    await desk.batches(["f"])
+
+
+async def test_at_the_end_nothing_begins_that_is_not_in_time(desk):
+    desk.submit(1, *"abcde")
+    await desk.batches(list("abcde"))
+    desk.submit(2, "f")
+    flushed = asyncio.create_task(desk.writer.flush(0))
+    await asyncio.sleep(0)
+    desk.repository.answer()
+    await asyncio.wait_for(flushed, WAIT)
+    assert set(desk.sender.told) == {*"abcde", ("f", "unavailable")}
+
+
+async def test_error_while_answering_does_not_end_the_writer(desk, caplog):
+    desk.submit(1, "a")
+    await desk.batches(["a"])
+    desk.sender.stored = lambda saved, nonce: 1 / 0
+    desk.repository.answer()
+    await until(lambda: "could not be dealt with" in caplog.text)
+    del desk.sender.stored
+    desk.submit(1, "b")
+    await desk.batches(["b"])
 
 
 async def test_flush_waits_for_what_is_behind_and_what_is_parked(desk):

@@ -253,7 +253,8 @@ class Client:
         assert websocket is not None
         if websocket.full:
             return False
-        websocket.write(self._others(page)[written:])
+        if data := self._others(page)[written:]:
+            websocket.write(data)
         self.stalled()
         return True
 

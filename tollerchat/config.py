@@ -63,7 +63,7 @@ class Config:
 
     # Database
     db_pool_size: int = _setting(
-        8, "connections for reading, beside one for writing and one to listen", low=1
+        8, "connections for reading, beside two for writing and one to listen", low=1
     )
 
     # Embedded PostgreSQL

@@ -35,6 +35,10 @@ OPTIONS: Any = {
 }
 
 
+# Some are idle for hours, and what is between us and the database may forget them without a word.
+_KEEPALIVES: Final = {"keepalives_idle": "60", "keepalives_interval": "10", "keepalives_count": "3"}
+
+
 class Connection(aiopg.Connection):
     """A connection that knows when it is dead, whatever becomes of single queries.
 
@@ -131,7 +135,7 @@ async def connect(dsn: str, *, timeout: float, **options: Any) -> Connection:
 
 async def _addresses(dsn: str) -> list[dict[str, Any]]:
     """The parameters of a connection for each address of the database. Raises `OSError` if there is none."""
-    parameters = parse_dsn(dsn)
+    parameters = {**_KEEPALIVES, **parse_dsn(dsn)}
     if "host" not in parameters or not parameters.keys().isdisjoint(("hostaddr", "service")):
         return [parameters]  # then it is libpq that knows
     addresses: list[dict[str, Any]] = []

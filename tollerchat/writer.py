@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import time
@@ -61,13 +62,17 @@ class MessageWriter:
         self._config = config
         self._repository = repository
         self._hub = hub
-        # By channel: what the next batch takes; what waits behind a batch; and of the latter, what comes first,
-        # because it was in a batch, but somebody else holds the channel.
-        self._ready: dict[int, list[Submission]] = {}
+        # What waits, by channel. A channel is in one of the first two, or in none: in `_behind`, maybe with nothing,
+        # while it is in a batch, or has something parked.
+        self._ready: dict[int, list[Submission]] = {}  # for the next batch
         self._behind: dict[int, list[Submission]] = {}
-        self._parked: dict[int, list[Submission]] = {}
+        self._parked: dict[
+            int, list[Submission]
+        ] = {}  # was in a batch, will be tried again, ahead of what is behind
+        self._locked: set[int] = set()  # channels that somebody else holds
         self._count = 0  # messages in all of them
         self._storing = 0  # messages with the database
+        self._retry_delay = FIRST_RETRY_DELAY
         self._resting: list[asyncio.Future[None]] = []  # lanes without work
         self._idle = asyncio.Event()  # nothing waits, and nothing is being stored
         self._idle.set()
@@ -105,6 +110,7 @@ class MessageWriter:
             await asyncio.gather(*lanes)
         finally:
             await end_tasks(*lanes)
+            self._resting.clear()
 
     async def _lane(self) -> None:
         """Store one batch after the other."""
@@ -114,9 +120,9 @@ class MessageWriter:
                 resting = loop.create_future()
                 self._resting.append(resting)
                 await resting
-            batch = self._next()
-            self._wake()  # if it is too much for one batch
-            await self._store(batch)
+            self._refuse_late()
+            if batch := self._next():
+                await self._store(batch)
 
     def _may_begin(self) -> bool:
         return bool(self._ready) and self._storing <= SMALL
@@ -133,13 +139,16 @@ class MessageWriter:
         size = 0
         while self._ready and len(batch) < BATCH_MESSAGES and size < BATCH_CHARACTERS:
             channel_id = next(iter(self._ready))
+            ready = self._ready.pop(channel_id)
             behind = self._behind[channel_id] = []
             nonces = set()
-            for submission in self._ready.pop(channel_id):
+            for n, submission in enumerate(ready):
+                if len(batch) >= BATCH_MESSAGES or size >= BATCH_CHARACTERS:
+                    behind += ready[n:]
+                    break
                 message = submission.message
-                # Not the same nonce twice: the second waits for the first.
                 key = (message.user_id, message.nonce)
-                if key in nonces or len(batch) >= BATCH_MESSAGES or size >= BATCH_CHARACTERS:
+                if key in nonces:  # the second waits for the first
                     behind.append(submission)
                     continue
                 if message.nonce is not None:
@@ -149,30 +158,24 @@ class MessageWriter:
         self._count -= len(batch)
         return batch
 
-    async def _store(self, batch: list[Submission]) -> None:
-        """Store a batch, have it broadcast, and tell the senders; what fails is tried again, or parked."""
+    async def _store(self, batch: Sequence[Submission]) -> None:
+        """Store a batch, have it broadcast, and tell the senders; what fails is parked."""
         channel_ids = {submission.message.channel_id for submission in batch}
         rooms = self._hub.begin_commit(channel_ids)  # which are not to read the log past it before its answer
-        retry_delay = FIRST_RETRY_DELAY
-        while True:
-            self._storing += len(batch)
-            results = await self._save(batch, rooms)
-            self._storing -= len(batch)
-            if self._wake():
-                await asyncio.sleep(0)  # the database shall work while we deliver
-            started = time.monotonic()
-            try:
-                batch = self._answer(batch, results)
-            except Exception:  # the rows may be stored: the log has them, and the writer must go on
-                logger.exception("the answers to %d messages could not be dealt with", len(results))
-                for result in results:
-                    if isinstance(result, Saved):
-                        self._hub.hint(result.message.channel_id, result.message.message_id)
-                break
-            if not batch:
-                break
-            await asyncio.sleep(retry_delay)
-            retry_delay = min(2 * retry_delay, LAST_RETRY_DELAY)
+        self._storing += len(batch)
+        results = await self._save([submission.message for submission in batch], rooms)
+        self._storing -= len(batch)
+        self._back_off(results)
+        if self._wake():
+            await asyncio.sleep(0)  # the database shall work while we deliver
+        started = time.monotonic()
+        try:
+            self._answer(batch, results)
+        except Exception:  # the rows may be stored: the log has them, and the writer must go on
+            logger.exception("the answers to %d messages could not be dealt with", len(results))
+            for result in results:
+                if isinstance(result, Saved):
+                    self._hub.hint(result.message.channel_id, result.message.message_id)
         self._hub.end_commit(rooms)
         # The many clients of a room are written to once for all that comes meanwhile.
         gathering = (time.monotonic() - started) / len(channel_ids) * GATHERING
@@ -180,15 +183,9 @@ class MessageWriter:
             await asyncio.sleep(min(gathering, MAX_GATHERING))
         for channel_id in channel_ids:
             self._release(channel_id)
+        self._refuse_late()
 
-    async def _save(self, batch: Sequence[Submission], rooms: Iterable[Room]) -> list[SaveResult]:
-        messages = [submission.message for submission in batch]
-        # They may have waited behind others.
-        deadline = max(submission.deadline for submission in batch)
-        if time.monotonic() >= min(deadline, self._last_try):
-            await asyncio.sleep(0)  # there may be many batches of them, and others want their turn
-            problem = "the server is shutting down" if self._closed else "the database is too slow"
-            return [Unavailable(f"{problem}: send it again later")] * len(messages)
+    async def _save(self, messages: Sequence[NewMessage], rooms: Iterable[Room]) -> list[SaveResult]:
         try:
             heads = {room.channel_id: room.head for room in rooms}
             return await self._repository.save_messages(messages, heads)
@@ -199,23 +196,54 @@ class MessageWriter:
             logger.exception("%d messages could not be stored", len(messages))
             return [Unavailable("the message could not be stored", sent=True)] * len(messages)
 
+    def _back_off(self, results: Iterable[SaveResult]) -> None:
+        """Try what failed again soon, and later and later while all of it fails."""
+        if all(isinstance(result, Unavailable) for result in results):
+            self._retry_delay = min(2 * self._retry_delay, LAST_RETRY_DELAY)
+        else:
+            self._retry_delay = FIRST_RETRY_DELAY
+
     def _release(self, channel_id: int) -> None:
-        """A batch of the channel is dealt with: what is behind it, or parked, can be next."""
+        """A batch of the channel is dealt with: what is behind it can be next, or, later, what is parked."""
         if channel_id in self._parked:
-            asyncio.get_running_loop().call_later(LAST_RETRY_DELAY, self._unpark, channel_id)
+            delay = LAST_RETRY_DELAY if channel_id in self._locked else self._retry_delay
+            asyncio.get_running_loop().call_later(delay, self._unpark, channel_id)
         elif behind := self._behind.pop(channel_id):
             self._ready[channel_id] = behind
-            self._wake()
-        elif not (self._ready or self._behind):
-            self._idle.set()
+        else:
+            self._tell_if_idle()
 
     def _unpark(self, channel_id: int) -> None:
+        self._locked.discard(channel_id)
         self._behind[channel_id][:0] = self._parked.pop(channel_id)
         self._release(channel_id)
+        self._refuse_late()
+        self._wake()
 
-    def _answer(self, batch: Sequence[Submission], results: Iterable[SaveResult]) -> list[Submission]:
-        """Broadcast what is committed and tell the senders; returns what is worth another try."""
-        retry: list[Submission] = []
+    def _refuse_late(self) -> None:
+        """Where the database does not do, answer what has waited too long: a batch might take as long again."""
+        if not self._closed and self._retry_delay == FIRST_RETRY_DELAY:
+            return
+        now = time.monotonic()
+        problem = "the server is shutting down" if self._closed else "the database is too slow"
+        error = Unavailable(f"{problem}: send it again later")
+        for channel_id, ready in list(self._ready.items()):
+            late = list(itertools.takewhile(lambda each: now >= min(each.deadline, self._last_try), ready))
+            if late:
+                self._count -= len(late)
+                self._answer(late, [error] * len(late))
+                if len(late) < len(ready):
+                    del ready[: len(late)]
+                else:
+                    del self._ready[channel_id]
+        self._tell_if_idle()
+
+    def _tell_if_idle(self) -> None:
+        if not (self._ready or self._behind):
+            self._idle.set()
+
+    def _answer(self, batch: Sequence[Submission], results: Iterable[SaveResult]) -> None:
+        """Broadcast what is committed and tell the senders; park what is worth another try."""
         answers: list[tuple[Submission, SaveResult]] = []
         committed: dict[int, list[Saved]] = {}
         for submission, result in zip(batch, results, strict=True):
@@ -228,11 +256,10 @@ class MessageWriter:
                 else:
                     committed.setdefault(result.message.channel_id, []).append(result)
             elif self._may_retry(submission, result):
+                self._parked.setdefault(submission.message.channel_id, []).append(submission)
+                self._count += 1
                 if isinstance(result, ChannelLocked):
-                    self._parked.setdefault(submission.message.channel_id, []).append(submission)
-                    self._count += 1
-                else:
-                    retry.append(submission)
+                    self._locked.add(submission.message.channel_id)
                 continue
             answers.append((submission, result))
         # What a sender gets of this commit, others' messages and its own acks, is one write.
@@ -250,7 +277,6 @@ class MessageWriter:
         finally:
             for sender in senders:
                 sender.release()
-        return retry
 
     def _may_retry(self, submission: Submission, error: ChatError) -> bool:
         """Whether another try is in time, and cannot store the message twice."""
