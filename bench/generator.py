@@ -85,7 +85,7 @@ class Generator:
                     continue
                 try:
                     joined = client.joined(self._read(fd))
-                except Refused:
+                except (Refused, ConnectionResetError):  # which is how a kernel refuses whose backlog is full
                     self.refused += 1
                     restart(fd)
                     continue
