@@ -62,13 +62,11 @@ class MessageWriter:
         self._config = config
         self._repository = repository
         self._hub = hub
-        # What waits, by channel. A channel is in one of the first two, or in none: in `_behind`, maybe with nothing,
-        # while it is in a batch, or has something parked.
-        self._ready: dict[int, list[Submission]] = {}  # for the next batch
+        # What waits, by channel: for the next batch; behind a batch, or behind what is parked; and parked, which was in
+        # a batch, and is tried again before what is behind it. A channel has a list in one of the first two, or none.
+        self._ready: dict[int, list[Submission]] = {}
         self._behind: dict[int, list[Submission]] = {}
-        self._parked: dict[
-            int, list[Submission]
-        ] = {}  # was in a batch, will be tried again, ahead of what is behind
+        self._parked: dict[int, list[Submission]] = {}
         self._locked: set[int] = set()  # channels that somebody else holds
         self._count = 0  # messages in all of them
         self._storing = 0  # messages with the database
