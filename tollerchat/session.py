@@ -25,7 +25,13 @@ class Sessions:
 
     def __init__(self, config: Config, watch: ConnectionWatch, size: int, prepare: Prepare) -> None:
         self.size = size
-        self._sessions = [_Session(config, watch, prepare) for _ in range(size)]
+        self._config = config
+        self._watch = watch
+        self._prepare = prepare
+        self._sessions = [_Session() for _ in range(size)]
+        self._idle = list(
+            self._sessions
+        )  # the one that was used last is used next: its memory is warm, here and there
         self._free = asyncio.Semaphore(size)
 
     def close(self) -> None:
@@ -41,50 +47,43 @@ class Sessions:
         Raises `psycopg2.Error` where the database refuses it, and `expects` knows the error; else `Unavailable`.
         """
         async with self._free:
-            # The first that is free: mostly the same, whose memory is warm, here and there.
-            session = next(session for session in self._sessions if not session.busy)
-            return await session.run(sql, parameters, expects)
+            session = self._idle.pop()
+            try:
+                if session.connection is None or session.connection.closed:
+                    session.connection = None
+                    session.connection, session.cursor = await self._connect()
+                return await run_query(session.cursor, sql, parameters)
+            except FAILURES as exc:
+                if has_answered(session.connection, exc):
+                    if isinstance(exc, psycopg2.Error) and expects(exc):
+                        raise
+                    distrust(self._config.db_url)
+                unavailable = explain(exc, session.connection)
+                session.close()  # whatever its state is, and that of the prepared statements
+                raise unavailable from exc
+            finally:
+                self._idle.append(session)
 
-
-class _Session:
-    def __init__(self, config: Config, watch: ConnectionWatch, prepare: Prepare) -> None:
-        self.busy = False
-        self._config = config
-        self._watch = watch
-        self._prepare = prepare
-        self._connection: Connection | None = None
-        self._cursor: aiopg.Cursor
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-
-    async def run(self, sql: str, parameters: Any, expects: Expects) -> list[tuple[Any, ...]]:
-        self.busy = True
-        try:
-            if self._connection is None or self._connection.closed:
-                self._connection = None
-                self._connection = await self._connect()
-            return await run_query(self._cursor, sql, parameters)
-        except FAILURES as exc:
-            if has_answered(self._connection, exc):
-                if isinstance(exc, psycopg2.Error) and expects(exc):
-                    raise
-                distrust(self._config.db_url)
-            unavailable = explain(exc, self._connection)
-            self.close()  # whatever its state is, and that of the prepared statements
-            raise unavailable from exc
-        finally:
-            self.busy = False
-
-    async def _connect(self) -> Connection:
+    async def _connect(self) -> tuple[Connection, aiopg.Cursor]:
         connection = await connect(self._config.db_url, timeout=self._config.db_timeout, **OPTIONS)
         try:
             self._watch.add(connection)
             await prepare(connection, self._config)
-            self._cursor = await connection.cursor()
-            await self._prepare(self._cursor)
+            cursor = await connection.cursor()
+            await self._prepare(cursor)
         except BaseException:
             connection.close()
             raise
-        return connection
+        return connection, cursor
+
+
+class _Session:
+    """A place for a connection."""
+
+    def __init__(self) -> None:
+        self.connection: Connection | None = None
+        self.cursor: aiopg.Cursor
+
+    def close(self) -> None:
+        if self.connection is not None:
+            self.connection.close()
