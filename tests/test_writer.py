@@ -207,8 +207,22 @@ async def test_what_failed_is_tried_again_before_what_is_behind_it(desk):
     desk.repository.answer(but={"a": Unavailable("lost", sent=True)}.items())
     await until(lambda: desk.sender.told == ["b"])
     desk.submit(2, "d")
-    await desk.batches(["d"])
-    await desk.batches(["d"], ["a", "c"])
+    await desk.batches(["a", "c", "d"])
+
+
+async def test_database_that_fails_is_let_be_for_a_while(desk):
+    """However many channels have messages, and lanes nothing else to do."""
+    desk.submit(1, "a")
+    await desk.batches(["a"])
+    desk.submit(2, "b")
+    await desk.batches(["a"], ["b"])
+    desk.submit(3, "c")
+    down = Unavailable("down")
+    desk.repository.answer(but={"a": down}.items())
+    await desk.unchanged()
+    desk.repository.answer(but={"b": down}.items())
+    await desk.unchanged()
+    await desk.batches(["c", "a", "b"])
 
 
 async def test_what_waited_too_long_is_refused_at_once_where_the_database_fails(desk, clock):
@@ -224,6 +238,7 @@ async def test_what_waited_too_long_is_refused_at_once_where_the_database_fails(
     desk.repository.answer(but=dict.fromkeys("abcde", lost).items())
     await desk.batches(["late"])
     early = [f"early {channel_id}" for channel_id in range(2, 30)]
+    await until(lambda: len(desk.sender.told) == 33)
     assert sorted(desk.sender.told) == sorted((content, "unavailable") for content in [*"abcde", *early])
 
 
@@ -232,7 +247,7 @@ async def test_what_waited_long_is_stored_where_the_database_is_only_slow(desk, 
     await desk.batches(list("abcde"))
     desk.submit(2, "f")
     clock.now = 2 * CONFIG.store_timeout
-    desk.repository.answer()
+    desk.repository.answer(but={"a": ChannelLocked("locked")}.items())  # which is no failure
     await desk.batches(["f"])
 
 
@@ -290,3 +305,16 @@ async def test_more_than_may_wait_is_refused_until_some_are_stored(desk):
         desk.repository.answer()
         await until(lambda: desk.repository.batches or len(desk.sender.told) == 1500)
     desk.submit(2, *(str(n) for n in range(1000)))
+
+
+async def test_error_while_refusing_does_not_end_the_writer(desk, clock, caplog):
+    desk.submit(1, *"abcde")
+    await desk.batches(list("abcde"))
+    desk.submit(2, "f")
+    clock.now = 2 * CONFIG.store_timeout
+    desk.sender.refused = lambda error, message: 1 / 0
+    desk.repository.answer(but=dict.fromkeys("abcde", Unavailable("lost", sent=True)).items())
+    await until(lambda: "could not be answered" in caplog.text)
+    del desk.sender.refused
+    desk.submit(1, "g")
+    await desk.batches(["g"])

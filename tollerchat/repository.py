@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import aiopg
+import psycopg2
 
 from tollerchat.config import Config
 from tollerchat.connection import ConnectionWatch
@@ -144,6 +145,8 @@ class Repository:
             try:
                 return await self._readers.run(sql, parameters)
             except Unavailable as exc:
+                if isinstance(exc.__cause__, psycopg2.errors.FeatureNotSupported):
+                    continue  # a prepared plan of a table that was altered
                 if not exc.sent or isinstance(exc.__cause__, asyncio.TimeoutError):
                     raise
         return await self._readers.run(sql, parameters)

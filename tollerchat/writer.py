@@ -13,6 +13,7 @@ from typing import Final, NamedTuple, Protocol
 from tollerchat.config import Config
 from tollerchat.errors import ChannelLocked, ChatError, Unavailable
 from tollerchat.hub import Hub
+from tollerchat.logs import Seldom
 from tollerchat.repository import Repository
 from tollerchat.room import Room
 from tollerchat.saving import NewMessage, Saved, SaveResult
@@ -21,6 +22,7 @@ from tollerchat.tasks import end_tasks
 __all__ = ("MessageWriter", "Sender")
 
 logger = logging.getLogger("tollerchat.writer")
+logger.addFilter(Seldom())  # it may be about many at once
 
 BATCH_MESSAGES: Final = 500
 BATCH_CHARACTERS: Final = 128 * 1024  # bounds the blob of one commit, and so the buffers of slow clients
@@ -62,15 +64,18 @@ class MessageWriter:
         self._config = config
         self._repository = repository
         self._hub = hub
-        # What waits, by channel: for the next batch; behind a batch, or behind what is parked; and parked, which was in
-        # a batch, and is tried again before what is behind it. A channel has a list in one of the first two, or none.
+        # What waits, by channel: for the next batch; behind a batch, or a lock; and what was in a batch, and is tried
+        # again before what is behind it. A channel has a list in one of the first two, or in none.
         self._ready: dict[int, list[Submission]] = {}
         self._behind: dict[int, list[Submission]] = {}
         self._parked: dict[int, list[Submission]] = {}
         self._locked: set[int] = set()  # channels that somebody else holds
         self._count = 0  # messages in all of them
         self._storing = 0  # messages with the database
-        self._retry_delay = FIRST_RETRY_DELAY
+        self._pause: asyncio.TimerHandle | None = (
+            None  # until its end no batch begins: the database does not do
+        )
+        self._retry_delay = FIRST_RETRY_DELAY  # of the next pause
         self._resting: list[asyncio.Future[None]] = []  # lanes without work
         self._idle = asyncio.Event()  # nothing waits, and nothing is being stored
         self._idle.set()
@@ -109,6 +114,8 @@ class MessageWriter:
         finally:
             await end_tasks(*lanes)
             self._resting.clear()
+            if self._pause is not None:
+                self._pause.cancel()
 
     async def _lane(self) -> None:
         """Store one batch after the other."""
@@ -118,12 +125,13 @@ class MessageWriter:
                 resting = loop.create_future()
                 self._resting.append(resting)
                 await resting
-            self._refuse_late()
+            if self._closed:
+                self._refuse_late()
             if batch := self._next():
                 await self._store(batch)
 
     def _may_begin(self) -> bool:
-        return bool(self._ready) and self._storing <= SMALL
+        return bool(self._ready) and self._storing <= SMALL and self._pause is None
 
     def _wake(self) -> bool:
         """Have a lane take what waits, if one can: the one that rested last, all of whose memory is warm."""
@@ -181,7 +189,6 @@ class MessageWriter:
             await asyncio.sleep(min(gathering, MAX_GATHERING))
         for channel_id in channel_ids:
             self._release(channel_id)
-        self._refuse_late()
 
     async def _save(self, messages: Sequence[NewMessage], rooms: Iterable[Room]) -> list[SaveResult]:
         try:
@@ -195,45 +202,52 @@ class MessageWriter:
             return [Unavailable("the message could not be stored", sent=True)] * len(messages)
 
     def _back_off(self, results: Iterable[SaveResult]) -> None:
-        """Try what failed again soon, and later and later while all of it fails."""
-        if all(isinstance(result, Unavailable) for result in results):
-            self._retry_delay = min(2 * self._retry_delay, LAST_RETRY_DELAY)
-        else:
+        """Where the database did not do, let it be for a while, and longer if it still does not."""
+        if not any(isinstance(each, Unavailable) and not isinstance(each, ChannelLocked) for each in results):
             self._retry_delay = FIRST_RETRY_DELAY
+        elif self._pause is None:
+            self._pause = asyncio.get_running_loop().call_later(self._retry_delay, self._go_on)
+            self._retry_delay = min(2 * self._retry_delay, LAST_RETRY_DELAY)
 
-    def _release(self, channel_id: int) -> None:
-        """A batch of the channel is dealt with: what is behind it can be next, or, later, what is parked."""
-        if channel_id in self._parked:
-            delay = LAST_RETRY_DELAY if channel_id in self._locked else self._retry_delay
-            asyncio.get_running_loop().call_later(delay, self._unpark, channel_id)
-        elif behind := self._behind.pop(channel_id):
-            self._ready[channel_id] = behind
-        else:
-            self._tell_if_idle()
-
-    def _unpark(self, channel_id: int) -> None:
-        self._locked.discard(channel_id)
-        self._behind[channel_id][:0] = self._parked.pop(channel_id)
-        self._release(channel_id)
+    def _go_on(self) -> None:
+        self._pause = None
         self._refuse_late()
         self._wake()
 
-    def _refuse_late(self) -> None:
-        """Where the database does not do, answer what has waited too long: a batch might take as long again."""
-        if not self._closed and self._retry_delay == FIRST_RETRY_DELAY:
+    def _release(self, channel_id: int) -> None:
+        """A batch of the channel is dealt with: what failed and what is behind it can be next, if it is not locked."""
+        if channel_id in self._locked:
+            asyncio.get_running_loop().call_later(LAST_RETRY_DELAY, self._unlock, channel_id)
             return
+        ready = self._parked.pop(channel_id, []) + self._behind.pop(channel_id)
+        if ready:
+            self._ready[channel_id] = ready
+        else:
+            self._tell_if_idle()
+
+    def _unlock(self, channel_id: int) -> None:
+        self._locked.discard(channel_id)
+        self._release(channel_id)
+        self._wake()
+
+    def _refuse_late(self) -> None:
+        """Answer what has waited too long: a batch might take as long again."""
         now = time.monotonic()
         problem = "the server is shutting down" if self._closed else "the database is too slow"
         error = Unavailable(f"{problem}: send it again later")
+        refused: list[Submission] = []
         for channel_id, ready in list(self._ready.items()):
             late = list(itertools.takewhile(lambda each: now >= min(each.deadline, self._last_try), ready))
-            if late:
-                self._count -= len(late)
-                self._answer(late, [error] * len(late))
-                if len(late) < len(ready):
-                    del ready[: len(late)]
-                else:
-                    del self._ready[channel_id]
+            refused += late
+            if len(late) == len(ready):
+                del self._ready[channel_id]
+            elif late:
+                del ready[: len(late)]
+        self._count -= len(refused)
+        try:
+            self._answer(refused, [error] * len(refused))
+        except Exception:  # one bad sender must not end the writer
+            logger.exception("%d messages could not be answered", len(refused))
         self._tell_if_idle()
 
     def _tell_if_idle(self) -> None:
