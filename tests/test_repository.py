@@ -1,6 +1,13 @@
 """What queries cost, where the database's planner could choose badly."""
 
-from tests.support import until
+import asyncio
+import contextlib
+
+import psycopg2
+import pytest
+
+from tests.support import WAIT, until
+from tollerchat.errors import Unavailable
 from tollerchat.protocol import MAX_BIGINT
 from tollerchat.repository import Repository
 from tollerchat.saving import NewMessage
@@ -38,3 +45,30 @@ async def test_quiet_channel_does_not_cost_what_busy_ones_have(config, database)
     # They tell the statistics when they go.
     await until(lambda: database.execute(_CONNECTED) == [(0,)] and database.execute(_READ)[0][1] > scans)
     assert database.execute(_READ)[0][0] - before < OTHERS / 100
+
+
+async def test_query_that_is_cut_off_by_the_end_does_not_connect_again(config, database):
+    repository = Repository(config)
+    await repository.open()
+    with contextlib.closing(psycopg2.connect(database.url)) as other, other.cursor() as cursor:
+        cursor.execute("LOCK TABLE messages")
+        query = asyncio.create_task(repository.newest_ids([1]))
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        await until(lambda: database.execute(waiting) == [(1,)])
+        repository.close()
+        with pytest.raises(Unavailable):
+            await asyncio.wait_for(query, WAIT)
+    await until(lambda: database.execute(_CONNECTED) == [(0,)])
+
+
+async def test_altered_table_is_read_by_connections_that_knew_it_before(config, database):
+    """Their prepared statements do not fit any more."""
+    database.insert("first")
+    repository = Repository(config)
+    await repository.open()
+    try:
+        assert len(await repository.load_last_messages(1, MAX_BIGINT, 51)) == 1
+        database.execute("ALTER TABLE messages ALTER content TYPE varchar(9000)")
+        assert len(await repository.load_last_messages(1, MAX_BIGINT, 51)) == 1
+    finally:
+        repository.close()

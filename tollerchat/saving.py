@@ -129,7 +129,7 @@ class Saver:
         self._sessions = Sessions(config, watch, SESSIONS, self._prepare)
 
     def close(self) -> None:
-        """Close the connections; they would be made again."""
+        """Close the connections, and make none any more."""
         self._sessions.close()
 
     async def save(

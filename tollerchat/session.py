@@ -10,6 +10,7 @@ import psycopg2
 from tollerchat.config import Config
 from tollerchat.connection import FAILURES, OPTIONS, Connection, ConnectionWatch, connect, distrust
 from tollerchat.database import explain, has_answered, prepare, run_query
+from tollerchat.errors import Unavailable
 
 __all__ = ("Sessions",)
 
@@ -33,9 +34,11 @@ class Sessions:
             self._sessions
         )  # the one that was used last is used next: its memory is warm, here and there
         self._free = asyncio.Semaphore(size)
+        self._closed = False
 
     def close(self) -> None:
-        """Close the connections; they would be made again."""
+        """Close the connections, and make none any more."""
+        self._closed = True
         for session in self._sessions:
             session.close()
 
@@ -49,6 +52,8 @@ class Sessions:
         async with self._free:
             session = self._idle.pop()
             try:
+                if self._closed:
+                    raise Unavailable("the server has shut down")
                 if session.connection is None or session.connection.closed:
                     session.connection = None
                     session.connection, session.cursor = await self._connect()
@@ -71,6 +76,8 @@ class Sessions:
             await prepare(connection, self._config)
             cursor = await connection.cursor()
             await self._prepare(cursor)
+            if self._closed:
+                raise Unavailable("the server has shut down")
         except BaseException:
             connection.close()
             raise
