@@ -24,7 +24,7 @@ from tollerchat.logs import Seldom
 from tollerchat.protocol import OutgoingMessage
 from tollerchat.session import Sessions
 
-__all__ = ("LOCK_KEY", "SERVERS_KEY", "NewMessage", "SaveResult", "Saved", "Saver")
+__all__ = ("LOCK_KEY", "SERVERS_KEY", "SESSIONS", "NewMessage", "SaveResult", "Saved", "Saver")
 
 logger = logging.getLogger("tollerchat.saving")
 logger.addFilter(Seldom())  # it may be about many at once

@@ -16,7 +16,7 @@ from tollerchat.hub import Hub
 from tollerchat.logs import Seldom
 from tollerchat.repository import Repository
 from tollerchat.room import Room
-from tollerchat.saving import NewMessage, Saved, SaveResult
+from tollerchat.saving import SESSIONS, NewMessage, Saved, SaveResult
 from tollerchat.tasks import end_tasks
 
 __all__ = ("MessageWriter", "Sender")
@@ -26,10 +26,10 @@ logger.addFilter(Seldom())  # it may be about many at once
 
 BATCH_MESSAGES: Final = 500
 BATCH_CHARACTERS: Final = 128 * 1024  # bounds the blob of one commit, and so the buffers of slow clients
-LANES: Final = 2  # batches at a time: one with the database, and one that is delivered, or two small ones
-SMALL: Final = (
-    4  # messages with the database that another batch may join: large ones would slow each other down
-)
+# Batches at a time: one with the database while one is delivered; or two with the database, if the first has but few
+# messages: larger ones would slow each other down.
+LANES: Final = SESSIONS
+FEW: Final = 4
 GATHERING: Final = 0.25  # of the time that delivering took, to wait for more
 MIN_GATHERING: Final = 0.0005  # seconds; less is not worth a timer
 MAX_GATHERING: Final = 0.005
@@ -72,9 +72,7 @@ class MessageWriter:
         self._locked: set[int] = set()  # channels that somebody else holds
         self._count = 0  # messages in all of them
         self._storing = 0  # messages with the database
-        self._pause: asyncio.TimerHandle | None = (
-            None  # until its end no batch begins: the database does not do
-        )
+        self._pause: asyncio.TimerHandle | None = None  # while the database does not do, until the next try
         self._retry_delay = FIRST_RETRY_DELAY  # of the next pause
         self._resting: list[asyncio.Future[None]] = []  # lanes without work
         self._idle = asyncio.Event()  # nothing waits, and nothing is being stored
@@ -131,7 +129,7 @@ class MessageWriter:
                 await self._store(batch)
 
     def _may_begin(self) -> bool:
-        return bool(self._ready) and self._storing <= SMALL and self._pause is None
+        return bool(self._ready) and self._storing <= FEW and self._pause is None
 
     def _wake(self) -> bool:
         """Have a lane take what waits, if one can: the one that rested last, all of whose memory is warm."""
