@@ -265,7 +265,7 @@ class Room:
         size = len(page.blob)
         for client, descriptor in self.live.items():
             try:
-                written = write_some(descriptor, page.blob) if descriptor >= 0 else 0
+                written = write_some(descriptor, page.blob)
                 if written < size and not client.deliver(page, written):
                     lagging.append(client)
             except Exception:  # the rows are stored: one bad connection must not keep them from the others
@@ -318,7 +318,7 @@ class Room:
         """Pass a frame that is not stored to all live clients but its sender."""
         for client, descriptor in self.live.items():
             if client is not sender:
-                written = write_some(descriptor, data) if descriptor >= 0 else 0
+                written = write_some(descriptor, data)
                 if written < len(data):
                     client.offer(data[written:])
 

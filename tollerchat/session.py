@@ -30,9 +30,8 @@ class Sessions:
         self._watch = watch
         self._prepare = prepare
         self._sessions = [_Session() for _ in range(size)]
-        self._idle = list(
-            self._sessions
-        )  # the one that was used last is used next: its memory is warm, here and there
+        # The one that was used last is used next: its memory is warm, here and there.
+        self._idle = list(self._sessions)
         self._free = asyncio.Semaphore(size)
         self._closed = False
 

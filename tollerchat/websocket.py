@@ -329,7 +329,9 @@ class WebSocket(asyncio.Protocol):
 
 
 def write_some(descriptor: int, data: bytes) -> int:
-    """Write what the system takes of some data, without waiting; returns how many bytes that is."""
+    """Write what the system takes of some data, without waiting; returns how many bytes that is, none for -1."""
+    if descriptor < 0:
+        return 0
     try:
         return os.write(descriptor, data)
     except OSError:  # it is full, or broken: the transport will see which
