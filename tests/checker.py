@@ -100,12 +100,13 @@ def _wrong_acks(log, known):
 
 
 def _wrong_frames(log, known, senders):
-    last, head, seen, mine, acked = log.after or 0, 0, set(), set(), set()
+    last, head, passed, seen, mine, acked = log.after or 0, 0, 0, set(), set(), set()
     for what, frame in log.events:
         if what == "sent":
             mine.add(frame.get("content"))
         elif frame["type"] == "ack":
             acked.add(frame["message_id"])
+            passed = max(passed, frame["message_id"])
         elif frame["type"] == "ready":
             head = frame["last_message_id"]
             if seen and last > head:
@@ -125,6 +126,8 @@ def _wrong_frames(log, known, senders):
                 yield f"duplicate frame: {log.name} resumed after {log.after} and received {message_id}"
             elif message_id < last or message_id <= head:
                 yield f"inversion: {log.name} received {message_id} after {max(last, head)}"
+            elif message_id < passed:
+                yield f"inversion: {log.name} received {message_id} after the ack of {passed}"
             elif user_id == log.user_id and (message_id in acked or only_mine):
                 yield f"own message: {log.name} received {message_id}, which it sent itself"
             seen.add(message_id)
@@ -138,6 +141,8 @@ def _gaps(log, rows, history_size):
     ready = received[kinds.index("ready")] if "ready" in kinds else None
     history = kinds[: kinds.index("ready")].count("message") if ready else None
     start, end = log.after or 0, max(seen, default=0)
+    if ready or log.after is not None:
+        end = max([end, *(frame["message_id"] for frame in received if frame["type"] == "ack")])
     if ready:
         end = max(end, ready["last_message_id"])
     in_full = ready and not ready["gap"] and (log.after is not None or history < history_size)

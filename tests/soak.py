@@ -112,6 +112,7 @@ class Talker:
             self._over = frame["content"] == END
         elif frame["type"] == "ack" and frame["nonce"] in self._open:
             self.acked[frame["nonce"]] = frame["message_id"]
+            self._last = max(self._last or 0, frame["message_id"])
             self.delays.append(time.monotonic() - self._open.pop(frame["nonce"])[1])
             if not self._open:
                 self._settled.set()

@@ -13,7 +13,7 @@ from tests.faults import Proxy, in_thread
 from tests.raw_client import RawClient
 from tests.support import SECRET, WAIT, Template, psql, until
 from tollerchat import Config, bus
-from tollerchat.app import hub_key
+from tollerchat.app import hub_key, repository_key
 
 pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])
 
@@ -245,6 +245,54 @@ async def test_channel_locked_by_another_program_delays_no_other_channel(server,
     assert kinds == ["message", "ack", "ack", "ack"]
 
 
+@pytest.fixture
+async def unheard(server, database, monkeypatch):
+    """Alice and Bob are in a channel to which another program has written, and nothing tells of it."""
+    (alice, _), (bob, _) = await server.join(1), await server.join(2)
+    monkeypatch.setattr(server.app[hub_key], "hint", lambda channel_id, message_id: None)
+    database.insert("unheard")
+    return alice, bob
+
+
+async def test_acks_come_behind_what_is_before_them_in_the_log(unheard):
+    alice, bob = unheard
+    await alice.send("a", nonce="a")
+    await alice.send("b", nonce="b")
+    frames = [await alice.receive() for _ in range(3)]
+    assert [frame.get("content", frame.get("nonce")) for frame in frames] == ["unheard", "a", "b"]
+    ids = [frame["message_id"] for frame in frames]
+    assert ids == sorted(ids)
+    assert await bob.receive_contents(3) == ["unheard", "a", "b"]
+
+
+async def test_refusal_comes_behind_the_acks_of_what_was_sent_before(unheard):
+    alice, _ = unheard
+    await alice.send("first", nonce="n")
+    await alice.send("other content", nonce="n")
+    assert [(await alice.receive())["type"] for _ in range(3)] == ["message", "ack", "error"]
+
+
+async def test_ack_of_what_was_deleted_before_it_was_read_comes_all_the_same(
+    server, database, unheard, monkeypatch
+):
+    alice, bob = unheard
+    repository = server.app[repository_key]
+    load_messages_after, may_read = repository.load_messages_after, asyncio.Event()
+
+    async def load_late(*arguments):
+        await may_read.wait()
+        return await load_messages_after(*arguments)
+
+    monkeypatch.setattr(repository, "load_messages_after", load_late)
+    await alice.send("deleted", nonce="n")
+    await until(lambda: database.contents() == ["unheard", "deleted"])
+    database.execute("DELETE FROM messages WHERE content = 'deleted'")
+    may_read.set()
+    assert [(await alice.receive())["type"] for _ in range(2)] == ["message", "ack"]
+    await bob.send("next")
+    assert (await alice.receive())["content"] == "next"
+
+
 @pytest.mark.parametrize(
     "lock",
     [
@@ -438,11 +486,11 @@ async def test_deleted_channel_closes_with_4404(server, database):
     assert await other[0].settled() == []
 
 
-async def test_message_to_a_deleted_channel_is_refused_and_the_rest_of_its_batch_is_not(server, database):
+async def test_message_to_a_deleted_channel_is_refused_and_the_rest_of_its_batch_is_not(
+    server, database, monkeypatch
+):
     (alice, _), (carol, _) = await server.join(1, 1), await server.join(3, 2)
-    await until(lambda: server.app[hub_key].access.remembers)  # it listens
-    await server.app[hub_key].resync()  # and so has compared: it would find out, and close
-    database.execute("ALTER TABLE channels DISABLE TRIGGER tollerchat_channel_deleted")
+    monkeypatch.setattr(server.app[hub_key], "channel_deleted", lambda channel_id: None)  # it finds out late
     database.execute("DELETE FROM channels WHERE id = 1")
     await asyncio.gather(alice.send("too late", nonce="a"), carol.send("in time", nonce="c"))
     frame = await alice.receive()

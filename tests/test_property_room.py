@@ -378,10 +378,10 @@ class Channel(RuleBasedStateMachine):
         seen = [
             frame["message_id"]
             for what, frame in peer.log.events
-            if what == "received" and frame["type"] == "message"
+            if what == "received" and frame["type"] in ("message", "ack")
         ]
         if seen:
-            self.last_seen[peer.log.user_id] = seen[-1]
+            self.last_seen[peer.log.user_id] = max(seen)
         peer.hang_up()
         self.spin()
 

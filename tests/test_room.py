@@ -117,7 +117,7 @@ async def test_emptied_log_starts_again_whatever_is_being_read():
     room.restart()
     log.go_on()
     assert await joined(room) == [1, 2]
-    await until(lambda: room._catching_up is None)
+    await until(lambda: room.catching_up is None)
     log.ids.append(3)
     room.hint(3)
     await until(lambda: room.head == 3)
@@ -169,7 +169,7 @@ async def test_hint_of_what_is_not_in_the_log_is_read_for_once():
     room = Room(1, log, 50)
     await room.load()
     room.hint(10**30)
-    await until(lambda: log.readings == 2 and room._catching_up is None)
+    await until(lambda: log.readings == 2 and room.catching_up is None)
     for message_id in (2, 3, 4):
         room.begin_commit()
         room.commit([Saved(message(message_id), repeated=False, previous=message_id - 1)])
@@ -195,5 +195,5 @@ async def test_wrong_hint_does_not_hide_what_is_announced_while_it_is_read_for(a
         room.end_commit()
     log.go_on()
     await until(lambda: room.head == 3)
-    await until(lambda: room._catching_up is None)
+    await until(lambda: room.catching_up is None)
     assert log.readings == 3

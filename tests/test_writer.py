@@ -52,13 +52,7 @@ class Sender:
     def __init__(self):
         self.told = []
 
-    def committed(self, message_id):
-        pass
-
-    def hold(self):
-        pass
-
-    def release(self):
+    def answer(self):
         pass
 
     def stored(self, saved, nonce):

@@ -29,16 +29,7 @@ class Poster:
     """The sender of one posted message: no connection, so nothing to keep from it."""
 
     def __init__(self) -> None:
-        self.answer: asyncio.Future[Saved | ChatError] = asyncio.get_running_loop().create_future()
-
-    def committed(self, message_id: int) -> None:
-        """The broadcast is for everybody."""
-
-    def hold(self) -> None:
-        """Nothing is written to it."""
-
-    def release(self) -> None:
-        """See `hold`."""
+        self.outcome: asyncio.Future[Saved | ChatError] = asyncio.get_running_loop().create_future()
 
     def stored(self, saved: Saved, nonce: str | None) -> None:
         self._set(saved)
@@ -46,9 +37,12 @@ class Poster:
     def refused(self, error: ChatError, message: NewMessage) -> None:
         self._set(error)
 
-    def _set(self, answer: Saved | ChatError) -> None:
-        if not self.answer.done():  # whoever posted may be gone
-            self.answer.set_result(answer)
+    def answer(self) -> None:
+        """Its outcome is its answer."""
+
+    def _set(self, outcome: Saved | ChatError) -> None:
+        if not self.outcome.done():  # whoever posted may be gone
+            self.outcome.set_result(outcome)
 
 
 class MessagesApi:
@@ -87,16 +81,16 @@ class MessagesApi:
             self._writer.submit(NewMessage(channel_id, user_id, incoming.content, incoming.nonce), poster)
             # The last try may take some queries; later than that, the writer has failed.
             bound = self._config.store_timeout + 5 * self._config.db_timeout
-            answer = await asyncio.wait_for(poster.answer, bound)
+            outcome = await asyncio.wait_for(poster.outcome, bound)
         except asyncio.TimeoutError:
             return error_response(
                 Unavailable("the message may be stored, or not: send it again with its nonce")
             )
         except ChatError as exc:
             return error_response(exc)
-        if isinstance(answer, ChatError):
-            return error_response(answer)
-        return _json(answer.message, status=200 if answer.repeated else 201)
+        if isinstance(outcome, ChatError):
+            return error_response(outcome)
+        return _json(outcome.message, status=200 if outcome.repeated else 201)
 
     async def _admit(self, request: web.Request) -> tuple[int, int]:
         identity = authenticate(request, self._config)

@@ -151,6 +151,8 @@ class Client:
     def closing(self) -> None:
         """Nothing is to be sent any more."""
         self._room.live.pop(self, None)
+        if self.outbox is not None:
+            self.outbox.answer()
 
     def lost(self) -> None:
         """The connection is gone."""
@@ -210,7 +212,8 @@ class Client:
     def _on_message(self, frame: IncomingMessage) -> None:
         if self.outbox is None:
             assert self._socket is not None
-            self.outbox = Outbox(self._socket, self.user_id, self._config.max_in_flight, v1=self.v1)
+            cursor = self._room.head if self in self._room.live else self._cursor
+            self.outbox = Outbox(self._socket, self.user_id, cursor, self._config.max_in_flight, v1=self.v1)
             self.stalled()
         message = NewMessage(self.channel_id, self.user_id, frame.content, frame.nonce)
         try:

@@ -97,7 +97,7 @@ class Hub:
             room.end_commit()
 
     def broadcast(self, channel_id: int, messages: Sequence[Saved]) -> None:
-        """Give committed messages, in id order, to all clients of the channel but their senders."""
+        """Give committed messages, in the order of their batch, to all clients of the channel but their senders."""
         if room := self.rooms.get(channel_id):
             room.commit(messages)
 
@@ -113,6 +113,11 @@ class Hub:
         """Somebody says that a channel's log has grown to `message_id`."""
         if room := self.rooms.get(channel_id):
             room.hint(message_id)
+
+    async def settle(self) -> None:
+        """Wait until all rooms have read what they know to be in the log: acks stand behind it."""
+        if reading := [room.catching_up for room in self.rooms.values() if room.catching_up is not None]:
+            await asyncio.wait(reading)
 
     async def compare_with_log(self) -> None:
         """Find what no hint told: compare all rooms with the log. Raises `Unavailable`."""

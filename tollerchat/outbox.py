@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Final
 
 from tollerchat.errors import ChatError, Unavailable
-from tollerchat.protocol import AckFrame, OutgoingMessage, encode, error_frame
+from tollerchat.protocol import MAX_BIGINT, AckFrame, OutgoingMessage, encode, error_frame
 from tollerchat.room import Page
 from tollerchat.saving import NewMessage, Saved
 from tollerchat.websocket import WebSocket
@@ -21,10 +22,13 @@ RECOGNISED_FOR: Final = 60.0
 class Outbox:
     """The messages that one connection sent: their answers, and which of the log's it is not to be sent.
 
+    An ack stands where its message would, were it another's: behind all that is before it in the log.
     To the `MessageWriter`, it is their sender.
     """
 
     __slots__ = (
+        "_answers",
+        "_cursor",
         "_in_flight",
         "_late",
         "_max_in_flight",
@@ -36,12 +40,17 @@ class Outbox:
         "user_id",
     )
 
-    def __init__(self, websocket: WebSocket, user_id: int, max_in_flight: int, *, v1: bool) -> None:
+    def __init__(
+        self, websocket: WebSocket, user_id: int, cursor: int, max_in_flight: int, *, v1: bool
+    ) -> None:
         self.user_id = user_id
         self._socket = websocket
         self._v1 = v1
         self._max_in_flight = max_in_flight
-        self._in_flight = 0
+        self._in_flight = 0  # messages without an answer
+        self._cursor = cursor  # the client's
+        # Answers in the order of the messages, each with the id that the cursor must reach first.
+        self._answers: deque[tuple[int, bytes]] = deque()
         self.own: set[int] = set()  # ids of its messages that its cursor has not passed yet
         # Of its messages that may be stored, or may not: nonces, and hashes of the contents.
         self._unsettled: set[tuple[str, int]] = set()
@@ -77,25 +86,14 @@ class Outbox:
         else:
             self._socket.write(error_frame(error, nonce))
 
-    def committed(self, message_id: int) -> None:
-        """A message has this id: it is not to be sent to its sender."""
-        self.own.add(message_id)
-
-    def hold(self) -> None:
-        """Keep what is written until `release`, to make it one write."""
-        self._socket.hold()
-
-    def release(self) -> None:
-        """Write what was kept."""
-        self._socket.release()
-
     def stored(self, saved: Saved, nonce: str | None) -> None:
-        """The message is committed, and the others have it."""
+        """The message is committed: it is not to be sent to its sender, but its ack, in its place."""
+        message = saved.message
         if nonce is not None:
-            self._unsettled.discard((nonce, hash(saved.message.content)))
-        if self._v1:
-            self._socket.write(encode(AckFrame(nonce, saved.message.message_id, saved.message.created_at)))
-        self._answered()
+            self._unsettled.discard((nonce, hash(message.content)))
+        self.own.add(message.message_id)
+        ack = encode(AckFrame(nonce, message.message_id, message.created_at)) if self._v1 else b""
+        self._answers.append((message.message_id, ack))
 
     def refused(self, error: ChatError, message: NewMessage) -> None:
         """It is not stored, or, for all we know, may be: then it is remembered, to be recognised in the log."""
@@ -107,16 +105,27 @@ class Outbox:
             self._unsettled.add((message.nonce, hash(message.content)))
         elif error.sent:
             self._nameless.append((message.content, time.monotonic() + RECOGNISED_FOR))
-        self._socket.write(error_frame(error, message.nonce))
-        self._answered()
+        self._answers.append((0, error_frame(error, message.nonce)))
 
-    def _answered(self) -> None:
-        if self.full:
-            self._socket.read_on()  # it was not read meanwhile
-        self._in_flight -= 1
-        if self._late and not self._in_flight:
-            self._socket.write(b"".join(self._late))
-            self._late.clear()
+    def answer(self) -> None:
+        """Write the answers whose place is not behind the cursor; drop all if the connection is closing."""
+        until = MAX_BIGINT if self._socket.closing else self._cursor
+        if data := b"".join(self._take_answers(until)):
+            self._socket.write(data)
+
+    def _take_answers(self, message_id: int) -> list[bytes]:
+        """The answers whose place is not behind this id."""
+        taken: list[bytes] = []
+        answers = self._answers
+        while answers and answers[0][0] <= message_id:
+            if self.full:
+                self._socket.read_on()  # it was not read meanwhile
+            taken.append(answers.popleft()[1])
+            self._in_flight -= 1
+            if self._late and not self._in_flight:
+                taken += self._late
+                self._late.clear()
+        return taken
 
     def recognise(self, messages: Sequence[OutgoingMessage], nonces: Mapping[int, str]) -> None:
         """Find its messages of unknown fate among new ones from the log; `nonces` are by message id."""
@@ -142,8 +151,16 @@ class Outbox:
         return False
 
     def others(self, page: Page) -> bytes:
-        """The frames of a page without its own ones, and forget those: the cursor passes them."""
-        if not (own := self.own):
+        """The frames of a page, with answers in place of its own ones; the cursor passes them."""
+        self._cursor = page.cursor
+        if not self.own and not self._answers:
             return page.blob
+        own = self.own
+        parts: list[bytes] = []
+        for message_id, data in page.frames:
+            parts += self._take_answers(message_id)
+            if message_id not in own:
+                parts.append(data)
+        parts += self._take_answers(page.cursor)
         self.own = {message_id for message_id in own if message_id > page.cursor}
-        return b"".join([data for message_id, data in page.frames if message_id not in own])
+        return b"".join(parts)

@@ -69,12 +69,13 @@ class Room:
         self._loaded = False
         self._edition = 0  # counts what makes earlier readings of the log stale
         self._loading: asyncio.Task[None] | None = None
-        self._catching_up: asyncio.Task[None] | None = None
+        self.catching_up: asyncio.Task[None] | None = None  # while the log is being read
         self._progress: asyncio.Future[None] | None = None  # for those who wait in reach()
         self._commits_in_flight = 0
         self._commits_ended = 0
         self._spoilt_until = 0  # the last commit that was in flight when something was forgotten
         self._generation = 0  # counts restarts
+        self._committed = 0  # the newest id that a commit of this server has told
         self._heard = 0  # the newest id announced by anybody
         self._target = 0  # the newest id that the room may read from the log
         self._readings = 0  # how often it began to
@@ -116,7 +117,7 @@ class Room:
     async def close(self) -> None:
         """Stop reading the log; nobody is in the room any more."""
         self._loaded = False  # a commit that ends later must not start again
-        await end_tasks(self._loading, self._catching_up)
+        await end_tasks(self._loading, self.catching_up)
 
     # -- how the log grows -------------------------------------------------------------------------
 
@@ -134,16 +135,19 @@ class Room:
         self._tell_progress()
 
     def commit(self, saved: Sequence[Saved]) -> None:
-        """Take what this server committed, in id order."""
+        """Take what this server committed, in id order, and what it found committed under the same nonces."""
         following: list[OutgoingMessage] = []
         head = self.head
-        for message, _, previous in saved:
-            if previous > head or not self._loaded:
-                break  # somebody else wrote in between: the rest is read from the log
-            following.append(message)
-            head = message.message_id
+        follows = self._loaded
+        for message, repeated, previous in saved:
+            self._committed = max(self._committed, message.message_id)
+            if not repeated:
+                follows = follows and previous <= head
+                if follows:  # or somebody else wrote in between: the rest is read from the log
+                    following.append(message)
+                    head = message.message_id
         self._extend(following)
-        self._target = max(self._target, saved[-1].message.message_id)
+        self._target = max(self._target, self._committed)
         self._pursue()
 
     def hint(self, message_id: int) -> None:
@@ -165,7 +169,7 @@ class Room:
         """The log was emptied, and its ids may start again; all who are in the room are being closed."""
         self._loaded = False
         self._generation += 1
-        self.head = self._heard = self._target = 0
+        self.head = self._committed = self._heard = self._target = 0
         self.forget()
 
     async def reach(self, message_id: int) -> None:
@@ -180,7 +184,7 @@ class Room:
         while True:
             reading, read_to = self._read_to
             if self.head >= message_id or (reading > before and read_to >= message_id):
-                if self._catching_up is None and self._commits_ended >= commits:
+                if self.catching_up is None and self._commits_ended >= commits:
                     return
             else:
                 self.hint(message_id)
@@ -196,13 +200,13 @@ class Room:
         # each sender knows its own, so only then is the hint a target.
         if not self._commits_in_flight:
             self._target, self._heard = max(self._target, self._heard), 0
-        if self._loaded and self._target > self.head and self._catching_up is None:
-            self._catching_up = asyncio.create_task(self._catch_up())
+        if self._loaded and self._target > self.head and self.catching_up is None:
+            self.catching_up = asyncio.create_task(self._catch_up())
 
     async def _catch_up(self) -> None:
         try:
             while self._loaded and self.head < self._target:
-                edition, generation = self._edition, self._generation
+                edition, generation, committed = self._edition, self._generation, self._committed
                 # What is announced from now on may be newer than what is read.
                 target, self._target = self._target, 0
                 self._readings += 1
@@ -220,15 +224,17 @@ class Room:
                     self._target = max(self._target, target)
                     await asyncio.sleep(RETRY_DELAY)
                     continue
-                self._extend(messages)
+                is_complete = len(messages) < PAGE_SIZE
+                # What was committed and deleted is passed, too: its sender waits for that.
+                self._extend(messages, until=committed if is_complete else 0)
                 if edition != self._edition:
                     self._drop()  # what was read may have been deleted meanwhile: it was sent, but is not kept
-                if len(messages) == PAGE_SIZE:
-                    self._target = max(self._target, target)  # there is more
-                else:  # maybe of less than was announced: it was deleted, or never was
+                if is_complete:  # maybe with less than was announced: it was deleted, or never was
                     self._read_to = self._readings, target
+                else:
+                    self._target = max(self._target, target)
         finally:
-            self._catching_up = None
+            self.catching_up = None
             self._tell_progress()
 
     async def _recognise(self, messages: Sequence[OutgoingMessage]) -> None:
@@ -252,13 +258,13 @@ class Room:
             self._progress.set_result(None)
             self._progress = None
 
-    def _extend(self, messages: Sequence[OutgoingMessage]) -> None:
-        """Move the head: one blob for all live clients."""
-        frames = _frames(message for message in messages if message.message_id > self.head)
-        if not frames:
-            return
+    def _extend(self, messages: Sequence[OutgoingMessage], until: int = 0) -> None:
+        """Move the head, to the last message or to `until`: one blob for all live clients."""
         before = self.head
-        page = _page(frames, frames[-1][0])
+        frames = _frames(message for message in messages if message.message_id > before)
+        page = _page(frames, max(frames[-1][0] if frames else before, until))
+        if page.cursor == before:
+            return
         self._move_head(page.cursor)
         self._remember(frames)
         lagging = []
@@ -266,7 +272,7 @@ class Room:
         for client, descriptor in self.live.items():
             try:
                 written = write_some(descriptor, page.blob)
-                if written < size and not client.deliver(page, written):
+                if (written < size or descriptor < 0) and not client.deliver(page, written):
                     lagging.append(client)
             except Exception:  # the rows are stored: one bad connection must not keep them from the others
                 logger.exception("channel %d: a connection failed and was aborted", self.channel_id)

@@ -40,11 +40,9 @@ LAST_RETRY_DELAY: Final = 0.5
 class Sender(Protocol):
     """Who is told what became of a message."""
 
-    def committed(self, message_id: int) -> None: ...  # before the broadcast, which it is not to get
-    def hold(self) -> None: ...  # what is written now can wait
-    def release(self) -> None: ...  # until now
     def stored(self, saved: Saved, nonce: str | None) -> None: ...
     def refused(self, error: ChatError, message: NewMessage) -> None: ...
+    def answer(self) -> None: ...  # now: what was stored has been broadcast
 
 
 class Submission(NamedTuple):
@@ -103,6 +101,7 @@ class MessageWriter:
         self._closed = True
         self._last_try = time.monotonic() + timeout
         await self._idle.wait()
+        await self._hub.settle()
 
     async def run(self) -> None:
         """Store what is submitted, until cancelled."""
@@ -254,39 +253,29 @@ class MessageWriter:
 
     def _answer(self, batch: Sequence[Submission], results: Iterable[SaveResult]) -> None:
         """Broadcast what is committed and tell the senders; park what is worth another try."""
-        answers: list[tuple[Submission, SaveResult]] = []
+        senders: dict[Sender, None] = {}
         committed: dict[int, list[Saved]] = {}
         for submission, result in zip(batch, results, strict=True):
             if isinstance(result, Unavailable) and result.sent:
                 self._hub.in_doubt.set()  # it may be stored
             if isinstance(result, Saved):
-                submission.sender.committed(result.message.message_id)
-                if result.repeated:
-                    self._hub.hint(result.message.channel_id, result.message.message_id)
-                else:
-                    committed.setdefault(result.message.channel_id, []).append(result)
+                submission.sender.stored(result, submission.message.nonce)
+                committed.setdefault(result.message.channel_id, []).append(result)
             elif self._may_retry(submission, result):
                 self._parked.setdefault(submission.message.channel_id, []).append(submission)
                 self._count += 1
                 if isinstance(result, ChannelLocked):
                     self._locked.add(submission.message.channel_id)
                 continue
-            answers.append((submission, result))
-        # What a sender gets of this commit, others' messages and its own acks, is one write.
-        senders = {submission.sender for submission, _ in answers}
-        for sender in senders:
-            sender.hold()
+            else:
+                submission.sender.refused(result, submission.message)
+            senders[submission.sender] = None
         try:
             for channel_id, saved in committed.items():
                 self._hub.broadcast(channel_id, saved)
-            for submission, result in answers:
-                if isinstance(result, Saved):
-                    submission.sender.stored(result, submission.message.nonce)
-                else:
-                    submission.sender.refused(result, submission.message)
         finally:
             for sender in senders:
-                sender.release()
+                sender.answer()
 
     def _may_retry(self, submission: Submission, error: ChatError) -> bool:
         """Whether another try is in time, and cannot store the message twice."""
