@@ -8,7 +8,6 @@ import pytest
 from tests.support import WAIT
 from tollerchat import connection
 from tollerchat.connection import OPTIONS, ConnectionWatch, connect
-from tollerchat.database import run_query
 
 
 @pytest.fixture
@@ -26,8 +25,8 @@ async def watched(database, monkeypatch):
 
 
 async def query(conn, sql, timeout=WAIT):
-    async with conn.cursor(timeout=timeout) as cursor:
-        return await run_query(cursor, sql, ())
+    conn._timeout = timeout
+    return await conn.query(sql)
 
 
 async def test_query_that_takes_too_long_is_given_up_with_its_connection(watched):

@@ -10,8 +10,8 @@ from typing import Any
 import psycopg2
 
 from tollerchat.config import Config
-from tollerchat.connection import FAILURES, OPTIONS, Connection, connect
-from tollerchat.database import prepare, run_query
+from tollerchat.connection import FAILURES, Connection
+from tollerchat.database import open_connection
 from tollerchat.errors import Unavailable
 from tollerchat.hub import Hub
 from tollerchat.repository import Repository
@@ -65,10 +65,8 @@ class PostgresBus:
         """Listen, and connect again whenever the connection fails, until cancelled."""
         while True:
             try:
-                connection = await connect(self._config.db_url, timeout=self._config.db_timeout, **OPTIONS)
+                connection = await open_connection(self._config, self._repository.watch)
                 with contextlib.closing(connection):
-                    self._repository.watch.add(connection)
-                    await prepare(connection, self._config)
                     await self._execute(connection, _LISTEN)
                     self._hub.access.remembers = True
                     # Whatever was notified before is found in the tables.
@@ -121,8 +119,7 @@ class PostgresBus:
         return True
 
     async def _execute(self, connection: Connection, sql: str) -> list[tuple[Any, ...]]:
-        async with connection.cursor() as cursor:
-            rows = await run_query(cursor, sql, {"id": self._repository.server_id})
+        rows = await connection.query(sql, {"id": self._repository.server_id})
         connection.look()
         return rows
 

@@ -48,6 +48,20 @@ class Connection(aiopg.Connection):
 
     _deadline = math.inf  # loop time, of the query
     _ended = False
+    _cursor: Any = None  # psycopg2's: of aiopg's there would be one more for each query
+
+    async def query(self, sql: str, parameters: Any = None) -> list[tuple[Any, ...]]:
+        """Run a query and return its rows, if it has any. Raises one of `FAILURES`."""
+        waiter = self._create_waiter("query")
+        try:
+            if self._cursor is None:
+                self._cursor = self._conn.cursor()
+            self._cursor.execute(sql, parameters)
+        except BaseException:
+            self._waiter = None
+            raise
+        await self._poll(waiter, self.timeout)
+        return self._cursor.fetchall() if self._cursor.description else []
 
     @staticmethod
     def _ready(weak_self: "weakref.ref[Any]") -> None:

@@ -1,14 +1,14 @@
-"""Queries to PostgreSQL, and what their failures mean; schema.sql."""
+"""Connections to the database that serves us, what failures of queries mean, and schema.sql."""
 
 import contextlib
 import logging
 from importlib import resources
-from typing import Any, Final
+from typing import Final
 
-import aiopg
 import psycopg2
 
 from tollerchat.config import Config
+from tollerchat.connection import OPTIONS, Connection, ConnectionWatch, connect
 from tollerchat.errors import Unavailable
 
 __all__ = (
@@ -16,9 +16,8 @@ __all__ = (
     "apply_schema",
     "explain",
     "has_answered",
-    "prepare",
+    "open_connection",
     "read_schema",
-    "run_query",
 )
 
 logger = logging.getLogger("tollerchat.database")
@@ -34,26 +33,25 @@ _SETTINGS: Final = """
 TIME_FORMAT: Final = """'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"""
 
 
-async def prepare(connection: aiopg.Connection, config: Config) -> None:
-    """Make a new connection independent of the database's defaults. Raises one of `FAILURES`."""
-    async with connection.cursor() as cursor:
+async def open_connection(config: Config, watch: ConnectionWatch) -> Connection:
+    """Connect, independently of the database's defaults. Raises one of `FAILURES`."""
+    connection = await connect(config.db_url, timeout=config.db_timeout, **OPTIONS)
+    try:
+        watch.add(connection)
         # Longer than we wait: it ends queries, and frees their connections, that nobody waits for any more.
-        await run_query(cursor, _SETTINGS, (f"{1000 * config.db_timeout + 1000:.0f}ms",))
+        await connection.query(_SETTINGS, (f"{1000 * config.db_timeout + 1000:.0f}ms",))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
-async def run_query(cursor: aiopg.Cursor, sql: str, parameters: Any) -> list[tuple[Any, ...]]:
-    """Run a query and return its rows, if it has any. Raises one of `FAILURES`."""
-    await cursor.execute(sql, parameters)
-    rows: list[tuple[Any, ...]] = await cursor.fetchall() if cursor.description else []
-    return rows
-
-
-def has_answered(conn: "aiopg.Connection | None", exc: Exception) -> bool:
+def has_answered(conn: Connection | None, exc: Exception) -> bool:
     """Whether an error came from the database, and not from a connection that failed."""
     return conn is not None and not conn.closed and isinstance(exc, psycopg2.Error) and exc.pgcode is not None
 
 
-def explain(exc: Exception, conn: "aiopg.Connection | None") -> Unavailable:
+def explain(exc: Exception, conn: Connection | None) -> Unavailable:
     """What a failure on a connection means; without one, nothing was sent."""
     if isinstance(exc, psycopg2.ProgrammingError):
         logger.error("the database refused a query: %s", exc)

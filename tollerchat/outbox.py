@@ -109,9 +109,10 @@ class Outbox:
 
     def answer(self) -> None:
         """Write the answers whose place is not behind the cursor; drop all if the connection is closing."""
-        until = MAX_BIGINT if self._socket.closing else self._cursor
-        if data := b"".join(self._take_answers(until)):
-            self._socket.write(data)
+        if self._answers:
+            until = MAX_BIGINT if self._socket.closing else self._cursor
+            if data := b"".join(self._take_answers(until)):
+                self._socket.write(data)
 
     def _take_answers(self, message_id: int) -> list[bytes]:
         """The answers whose place is not behind this id."""
@@ -161,6 +162,7 @@ class Outbox:
             parts += self._take_answers(message_id)
             if message_id not in own:
                 parts.append(data)
-        parts += self._take_answers(page.cursor)
+        if self._answers:
+            parts += self._take_answers(page.cursor)
         self.own = {message_id for message_id in own if message_id > page.cursor}
         return b"".join(parts)

@@ -5,12 +5,11 @@ import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-import aiopg
 import psycopg2
 
 from tollerchat.config import Config
-from tollerchat.connection import ConnectionWatch
-from tollerchat.database import TIME_FORMAT, run_query
+from tollerchat.connection import Connection, ConnectionWatch
+from tollerchat.database import TIME_FORMAT
 from tollerchat.errors import ChatError, Forbidden, NotFound, Unavailable
 from tollerchat.protocol import MAX_BIGINT, MAX_ID, OutgoingMessage
 from tollerchat.saving import SAVE_AND_TELL, NewMessage, Saver, SaveResult
@@ -173,5 +172,5 @@ class Repository:
         return await self._saver.save(batch, heads)
 
 
-async def _prepare(cursor: aiopg.Cursor) -> None:
-    await run_query(cursor, _PREPARE, ())
+async def _prepare(connection: Connection) -> None:
+    await connection.query(_PREPARE)

@@ -4,13 +4,12 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-import aiopg
 import msgspec
 import psycopg2
 
 from tollerchat.config import Config
-from tollerchat.connection import ConnectionWatch
-from tollerchat.database import TIME_FORMAT, run_query
+from tollerchat.connection import Connection, ConnectionWatch
+from tollerchat.database import TIME_FORMAT
 from tollerchat.errors import (
     ChannelLocked,
     ChatError,
@@ -222,9 +221,9 @@ class Saver:
         """Run a query. Raises `psycopg2.Error` if it may be about single rows, else `Unavailable`."""
         return await self._sessions.run(sql, parameters, expects=_is_of_rows)
 
-    async def _prepare(self, cursor: aiopg.Cursor) -> None:
-        ((sequence,),) = await run_query(cursor, "SELECT pg_get_serial_sequence('messages', 'id')", ())
-        await run_query(cursor, _PREPARE, {"sequence": sequence, "server": str(self._server_id)})
+    async def _prepare(self, connection: Connection) -> None:
+        ((sequence,),) = await connection.query("SELECT pg_get_serial_sequence('messages', 'id')")
+        await connection.query(_PREPARE, {"sequence": sequence, "server": str(self._server_id)})
 
 
 def _results(

@@ -1,20 +1,20 @@
 """`Sessions`: connections to PostgreSQL that are made when needed, and kept, because statements are prepared on them."""
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import aiopg
 import psycopg2
 
 from tollerchat.config import Config
-from tollerchat.connection import FAILURES, OPTIONS, Connection, ConnectionWatch, connect, distrust
-from tollerchat.database import explain, has_answered, prepare, run_query
+from tollerchat.connection import FAILURES, Connection, ConnectionWatch, distrust
+from tollerchat.database import explain, has_answered, open_connection
 from tollerchat.errors import Unavailable
 
 __all__ = ("Sessions",)
 
-Prepare = Callable[[aiopg.Cursor], Awaitable[None]]
+Prepare = Callable[[Connection], Awaitable[None]]
 Expects = Callable[[psycopg2.Error], bool]
 
 
@@ -32,7 +32,7 @@ class Sessions:
         self._sessions = [_Session() for _ in range(size)]
         # The one that was used last is used next: its memory is warm, here and there.
         self._idle = list(self._sessions)
-        self._free = asyncio.Semaphore(size)
+        self._waiting: deque[asyncio.Future[_Session]] = deque()  # for one that is idle
         self._closed = False
 
     def close(self) -> None:
@@ -48,39 +48,56 @@ class Sessions:
 
         Raises `psycopg2.Error` where the database refuses it, and `expects` knows the error; else `Unavailable`.
         """
-        async with self._free:
-            session = self._idle.pop()
-            try:
-                if self._closed:
-                    raise Unavailable("the server has shut down")
-                if session.connection is None or session.connection.closed:
-                    session.connection = None
-                    session.connection, session.cursor = await self._connect()
-                return await run_query(session.cursor, sql, parameters)
-            except FAILURES as exc:
-                if has_answered(session.connection, exc):
-                    if isinstance(exc, psycopg2.Error) and expects(exc):
-                        raise
-                    distrust(self._config.db_url)
-                unavailable = explain(exc, session.connection)
-                session.close()  # whatever its state is, and that of the prepared statements
-                raise unavailable from exc
-            finally:
-                self._idle.append(session)
-
-    async def _connect(self) -> tuple[Connection, aiopg.Cursor]:
-        connection = await connect(self._config.db_url, timeout=self._config.db_timeout, **OPTIONS)
+        session = self._idle.pop() if self._idle else await self._next_idle()
         try:
-            self._watch.add(connection)
-            await prepare(connection, self._config)
-            cursor = await connection.cursor()
-            await self._prepare(cursor)
+            if self._closed:
+                raise Unavailable("the server has shut down")
+            if session.connection is None or session.connection.closed:
+                session.connection = None
+                session.connection = await self._connect()
+            return await session.connection.query(sql, parameters)
+        except FAILURES as exc:
+            if has_answered(session.connection, exc):
+                if isinstance(exc, psycopg2.Error) and expects(exc):
+                    raise
+                distrust(self._config.db_url)
+            unavailable = explain(exc, session.connection)
+            session.close()  # whatever its state is, and that of the prepared statements
+            raise unavailable from exc
+        finally:
+            self._pass_on(session)
+
+    async def _next_idle(self) -> "_Session":
+        """Wait for one, in the order of asking, for no longer than a query may take."""
+        turn: asyncio.Future[_Session] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await asyncio.wait([turn], timeout=self._config.db_timeout)
+            if not turn.done():
+                raise Unavailable("too many queries wait for the database: try again later")
+            return turn.result()
+        except BaseException:
+            if not turn.cancel():
+                self._pass_on(turn.result())
+            raise
+
+    def _pass_on(self, session: "_Session") -> None:
+        while self._waiting:
+            if not (turn := self._waiting.popleft()).done():  # else it has been given up
+                turn.set_result(session)
+                return
+        self._idle.append(session)
+
+    async def _connect(self) -> Connection:
+        connection = await open_connection(self._config, self._watch)
+        try:
+            await self._prepare(connection)
             if self._closed:
                 raise Unavailable("the server has shut down")
         except BaseException:
             connection.close()
             raise
-        return connection, cursor
+        return connection
 
 
 class _Session:
@@ -88,7 +105,6 @@ class _Session:
 
     def __init__(self) -> None:
         self.connection: Connection | None = None
-        self.cursor: aiopg.Cursor
 
     def close(self) -> None:
         if self.connection is not None:

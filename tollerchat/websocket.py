@@ -216,22 +216,23 @@ class WebSocket(asyncio.Protocol):
     @property
     def descriptor(self) -> int:
         """Where whole frames may be written to as well, until it stalls or closes; -1 if that must wait."""
-        return self._descriptor if self._direct else -1
+        return self._descriptor if self._direct and self._held is None else -1
 
     def write(self, data: bytes) -> None:
         """Write whole frames, unless the connection is closing.
 
         The way through the transport would cost as much again as the system's own work.
         """
+        if self._held is not None:
+            self._held.append(data)
+            return
         if self._direct or self._becomes_direct():
             if (written := write_some(self._descriptor, data)) == len(data):
                 return
             self._direct = False
             self._listener.stalled()
             data = data[written:]
-        if self._held is not None:
-            self._held.append(data)
-        elif not self.closing:
+        if not self.closing:
             try:
                 self.transport.write(data)
             except Exception:  # uvloop raises where asyncio does not; whoever writes to many goes on
@@ -240,10 +241,7 @@ class WebSocket(asyncio.Protocol):
 
     def _becomes_direct(self) -> bool:
         self._direct = (
-            self._descriptor >= 0
-            and self._held is None
-            and not self.closing
-            and not self.transport.get_write_buffer_size()
+            self._descriptor >= 0 and not self.closing and not self.transport.get_write_buffer_size()
         )
         return self._direct
 
@@ -251,7 +249,6 @@ class WebSocket(asyncio.Protocol):
         """Keep what is written until `release`: a call of the system costs more than all the rest."""
         if self._held is None:
             self._held = []
-            self._direct = False
 
     def release(self) -> None:
         """Write what was kept, at once."""

@@ -73,8 +73,7 @@ class MessageWriter:
         self._pause: asyncio.TimerHandle | None = None  # while the database does not do, until the next try
         self._retry_delay = FIRST_RETRY_DELAY  # of the next pause
         self._resting: list[asyncio.Future[None]] = []  # lanes without work
-        self._idle = asyncio.Event()  # nothing waits, and nothing is being stored
-        self._idle.set()
+        self._flushed: asyncio.Future[None] | None = None  # for flush()
         self._closed = False
         self._last_try = math.inf  # by time.monotonic(); after it, nothing is tried any more
 
@@ -86,7 +85,6 @@ class MessageWriter:
             raise Unavailable("too many messages wait for the database: send it again later")
         submission = Submission(message, sender, time.monotonic() + self._config.store_timeout)
         self._count += 1
-        self._idle.clear()
         if (behind := self._behind.get(message.channel_id)) is not None:
             behind.append(submission)
         else:
@@ -100,7 +98,9 @@ class MessageWriter:
         """
         self._closed = True
         self._last_try = time.monotonic() + timeout
-        await self._idle.wait()
+        self._flushed = asyncio.get_running_loop().create_future()
+        self._tell_if_idle()
+        await self._flushed
         await self._hub.settle()
 
     async def run(self) -> None:
@@ -248,8 +248,9 @@ class MessageWriter:
         self._tell_if_idle()
 
     def _tell_if_idle(self) -> None:
-        if not (self._ready or self._behind):
-            self._idle.set()
+        """Nothing waits, and nothing is being stored."""
+        if self._flushed is not None and not (self._ready or self._behind or self._flushed.done()):
+            self._flushed.set_result(None)
 
     def _answer(self, batch: Sequence[Submission], results: Iterable[SaveResult]) -> None:
         """Broadcast what is committed and tell the senders; park what is worth another try."""
