@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.support import SECRET, WAIT, Chatter, token, until
 from tollerchat import Config
+from tollerchat.app import hub_key
 from tollerchat.auth import issue_token, verify_token
 from tollerchat.errors import Unauthorized
 
@@ -211,6 +212,15 @@ async def test_fresh_token_extends_the_session(serve, config):
     assert await chatter.settled() == []
     await until(lambda: time.time() > expires_at + 1)
     assert await chatter.settled() == []
+
+
+async def test_token_of_a_shorter_life_ends_the_session_sooner(server):
+    chatter = await server.connect(1)
+    await until(lambda: all(client.due for client in server.app[hub_key].rooms[1].clients))  # it was checked
+    start = time.monotonic()
+    await chatter.send_frame({"type": "auth", "token": token(exp=int(time.time()) + 1)})
+    assert await chatter.closed() == 4401
+    assert time.monotonic() - start < 3
 
 
 @pytest.mark.parametrize("bad", [token(2), token(exp=NOW - 5), "garbage"])

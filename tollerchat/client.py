@@ -38,6 +38,7 @@ logger = logging.getLogger("tollerchat.client")
 logger.addFilter(Seldom())  # it may be about many at once
 
 TYPING_INTERVAL: Final = 1.0  # seconds
+CHECK_INTERVAL: Final = 5.0  # seconds, at most, between checks of a connection that is well
 
 
 class Client:
@@ -63,6 +64,7 @@ class Client:
         "_writable",
         "_writer",
         "channel_id",
+        "due",
         "expires_at",
         "outbox",
         "pump",
@@ -83,6 +85,7 @@ class Client:
         self.user_id, self.expires_at = identity
         self.channel_id = channel_id
         self.v1 = v1
+        self.due = 0.0  # loop time of the next check()
         self.outbox: Outbox | None = None  # made with its first message: many never send one
         self.pump: asyncio.Task[None] | None = None  # write_pump, while catching up
         self._config = config
@@ -171,9 +174,12 @@ class Client:
         elif now - websocket.heard_at > self._config.pong_timeout:
             logger.info("user %d has not answered for %s s: aborted", self.user_id, self._config.pong_timeout)
             self.abort()
-        elif now >= self._next_ping:
-            self._next_ping = now + self._config.ping_interval
-            self.offer(PING_FRAME)
+        else:
+            if now >= self._next_ping:
+                self._next_ping = now + self._config.ping_interval
+                self.offer(PING_FRAME)
+            interval = min(CHECK_INTERVAL, self._config.write_timeout / 2, self.expires_at - unix_time)
+            self.due = min(now + interval, self._next_ping)
 
     # -- from the client ---------------------------------------------------------------------------
 
@@ -236,7 +242,7 @@ class Client:
         identity = verify_token(frame.token, self._config)
         if identity.user_id != self.user_id:
             raise Unauthorized("the token is of another user: open another connection for them")
-        self.expires_at = identity.expires_at
+        self.expires_at, self.due = identity.expires_at, 0.0
 
     # -- to the client -----------------------------------------------------------------------------
 

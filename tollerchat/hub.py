@@ -187,7 +187,7 @@ class Hub:
         while True:
             await asyncio.sleep(tick)
             now, unix_time = loop.time(), time.time()
-            for client in self._clients():
+            for client in [client for client in self._clients() if client.due <= now]:
                 try:
                     client.check(now, unix_time)
                 except Exception:  # one bad connection must not end this for all
