@@ -36,6 +36,7 @@ _NEWEST = """
     ) FROM unnest(%s::int[]) AS asked (channel_id)"""
 
 # What is asked whenever somebody joins is planned once for each connection: planning costs more than the answer.
+# The tables may be small then, and grow: LIMIT keeps the planner from joins that read all of one.
 _PREPARE = f"""
     SET plan_cache_mode = force_generic_plan;
     PREPARE tollerchat_last (int, bigint, int) AS
@@ -45,13 +46,14 @@ _PREPARE = f"""
     SELECT {_COLUMNS} FROM messages WHERE (channel_id, id) > ($1, $2) AND (channel_id, id) <= ($1, $3)
     ORDER BY channel_id, id LIMIT $4;
     PREPARE tollerchat_access (int[], int[]) AS
-    SELECT asked.channel_id, asked.user_id, channels.id IS NOT NULL, users.id IS NOT NULL,
-        NOT channels.is_private OR channel_users.user_id IS NOT NULL
+    SELECT asked.channel_id, asked.user_id, channel.id IS NOT NULL,
+        (SELECT true FROM users WHERE id = asked.user_id LIMIT 1),
+        NOT channel.is_private OR (
+            SELECT true FROM channel_users
+            WHERE channel_id = asked.channel_id AND user_id = asked.user_id LIMIT 1
+        )
     FROM unnest($1, $2) AS asked (channel_id, user_id)
-    LEFT JOIN channels ON channels.id = asked.channel_id
-    LEFT JOIN users ON users.id = asked.user_id
-    LEFT JOIN channel_users
-        ON channel_users.channel_id = asked.channel_id AND channel_users.user_id = asked.user_id"""
+    LEFT JOIN LATERAL (SELECT id, is_private FROM channels WHERE id = asked.channel_id LIMIT 1) AS channel ON true"""
 
 
 class Repository:

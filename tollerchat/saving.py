@@ -72,8 +72,11 @@ _PREPARE = f"""
         FROM ROWS FROM (
             json_to_recordset($1) AS (channel_id int, user_id int, content text, nonce text, head bigint)
         ) WITH ORDINALITY AS new (channel_id, user_id, content, nonce, head, n)
-        LEFT JOIN messages AS old
-            ON old.channel_id = new.channel_id AND old.user_id = new.user_id AND old.nonce = new.nonce
+        LEFT JOIN LATERAL (
+            SELECT id, content, created_at FROM messages
+            WHERE channel_id = new.channel_id AND user_id = new.user_id AND nonce = new.nonce
+            LIMIT 1  -- one by one: a join may read the whole index, which was small when it was planned
+        ) AS old ON true
         ORDER BY n
     ),
     stored AS (
