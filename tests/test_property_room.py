@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from tests.checker import Log, Row, check
 from tests.raw_client import client_frame, unframe
 from tests.support import SECRET
-from tollerchat import Config, room, websocket, writer
+from tollerchat import Config, room, tail, websocket, writer
 from tollerchat.auth import Identity
 from tollerchat.client import Client
 from tollerchat.errors import NonceConflict, Unavailable
@@ -303,7 +303,7 @@ class Channel(RuleBasedStateMachine):
         self.loop = Loop()
         self.patches = [
             mock.patch.object(room, "PAGE_SIZE", 2),
-            mock.patch.object(room, "RECENT_FRAMES", 4),
+            mock.patch.object(tail, "MAX_FRAMES", 4),
             mock.patch.object(writer, "time", types.SimpleNamespace(monotonic=self.loop.time)),
             mock.patch.object(
                 websocket, "os", types.SimpleNamespace(name="posix", write=self.write_directly)

@@ -53,7 +53,7 @@ async def until(condition):
 async def joined(room):
     """What somebody who joins now is sent."""
     await asyncio.wait_for(room.load(), WAIT)
-    return [message_id for message_id, _ in room.since(room.history_cursor()).frames]
+    return [message_id for message_id, _ in room.tail.since(room.tail.history_cursor()).frames]
 
 
 async def test_message_deleted_while_it_is_read_is_not_kept():

@@ -24,8 +24,9 @@ from tollerchat.protocol import (
     error_frame,
     parse,
 )
-from tollerchat.room import RETRY_DELAY, Page, Room
+from tollerchat.room import RETRY_DELAY, Room
 from tollerchat.saving import NewMessage
+from tollerchat.tail import Page
 from tollerchat.websocket import WebSocket
 from tollerchat.writer import MessageWriter
 
@@ -111,7 +112,7 @@ class Client:
         self._room = room
         await room.load()
         if after is None:
-            self._cursor = room.history_cursor()
+            self._cursor = room.tail.history_cursor()
             return
         if after > room.head:  # the room may be behind the log
             await room.reach(min(after, await self._hub.newest_id(self.channel_id)))
@@ -119,7 +120,7 @@ class Client:
             after = min(after, room.head)
         self._cursor = after
         limit = self._config.max_replay
-        if (page := room.since(after)) is None:
+        if (page := room.tail.since(after)) is None:
             start = await self._hub.replay_start(self.channel_id, after, room.head)
             if start is not None:
                 self._cursor, self._gap = start, True
@@ -132,7 +133,8 @@ class Client:
         self._next_ping = websocket.loop.time() + random.uniform(0.5, 1.0) * self._config.ping_interval
         if self._refusal is not None:
             self.close(*self._refusal)
-        if not (websocket.closing or websocket.full) and (page := self._room.since(self._cursor)) is not None:
+        tail = self._room.tail
+        if not (websocket.closing or websocket.full) and (page := tail.since(self._cursor)) is not None:
             self._send(page)
             self._go_live()
         else:
@@ -294,7 +296,7 @@ class Client:
                 if websocket.full:
                     self._writable = websocket.loop.create_future()
                     await self._writable
-                elif (page := self._room.since(self._cursor)) is not None:
+                elif (page := self._room.tail.since(self._cursor)) is not None:
                     self._send(page)
                     self._go_live()  # no await since the look at the head: nothing can be missed
                     return

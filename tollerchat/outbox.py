@@ -9,8 +9,8 @@ from typing import Final
 
 from tollerchat.errors import ChatError, Unavailable
 from tollerchat.protocol import MAX_BIGINT, AckFrame, OutgoingMessage, encode, error_frame
-from tollerchat.room import Page
 from tollerchat.saving import NewMessage, Saved
+from tollerchat.tail import Page
 from tollerchat.websocket import WebSocket
 
 __all__ = ("Outbox",)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Iterable, Sequence
-from itertools import takewhile
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
 
 from tollerchat.errors import Unavailable
 from tollerchat.logs import Seldom
-from tollerchat.protocol import MAX_BIGINT, OutgoingMessage, encode
+from tollerchat.protocol import MAX_BIGINT, OutgoingMessage
 from tollerchat.repository import Repository
 from tollerchat.saving import Saved
+from tollerchat.tail import Page, Tail, encode_all, page_of
 from tollerchat.tasks import end_tasks
 from tollerchat.websocket import write_some
 
 if TYPE_CHECKING:
     from tollerchat.client import Client
 
-__all__ = ("PAGE_SIZE", "Page", "Room")
+__all__ = ("PAGE_SIZE", "Room")
 
 logger = logging.getLogger("tollerchat.room")
 logger.addFilter(Seldom())  # it may be about many at once
@@ -28,22 +27,8 @@ logger.addFilter(Seldom())  # it may be about many at once
 # Messages read from the log at a time: a page of the largest ones must stay well under 1 MiB.
 PAGE_SIZE: Final = 64
 
-# How much of the log is kept as encoded frames, for those who join or lag a little.
-RECENT_FRAMES: Final = 256
-RECENT_BYTES: Final = 256 * 1024
-
 REACH_TIMEOUT: Final = 5.0  # seconds
 RETRY_DELAY: Final = 0.5  # seconds, while the database is away
-
-LogFrame = tuple[int, bytes]  # message_id, encoded frame
-
-
-class Page(NamedTuple):
-    """A part of the log, ready to be sent."""
-
-    frames: Sequence[LogFrame]
-    blob: bytes  # all of them, joined: what most clients are sent
-    cursor: int  # of one who has been given them
 
 
 class Room:
@@ -59,11 +44,7 @@ class Room:
         # Those whose cursor is `head`, each with the descriptor that may be written to, or -1: most of what it costs to
         # deliver is memory that has to be fetched, so of a client that only listens nothing is touched.
         self.live: dict[Client, int] = {}
-        self.head = 0  # the newest message id the live clients were given
-        self._recent: deque[LogFrame] = deque()  # complete for _floor < id <= head
-        self._recent_size = 0  # bytes
-        self._floor = 0
-        self._since: tuple[int, Page] | None = None  # the last answer of since(), and its cursor
+        self.tail = Tail(history_size)  # of the log, up to what the live clients were given
         self._repository = repository
         self._history_size = history_size
         self._loaded = False
@@ -81,37 +62,36 @@ class Room:
         self._readings = 0  # how often it began to
         self._read_to = (0, 0)  # which reading found nothing up to which id
 
+    @property
+    def head(self) -> int:
+        """The newest message id that the live clients were given."""
+        return self.tail.head
+
     # -- starting and ending -----------------------------------------------------------------------
 
     async def load(self) -> None:
         """Have the latest messages at hand: read once, for all who join meanwhile. Raises `Unavailable`."""
-        while not self._has_history():
+        while not (self._loaded and self.tail.has_history):
             if self._loading is None or self._loading.done():
                 self._loading = asyncio.create_task(self._load())
             # One who stops waiting must not stop the load for the others.
             await asyncio.shield(self._loading)
 
-    def _has_history(self) -> bool:
-        return self._loaded and (self._floor == 0 or len(self._recent) >= self._history_size)
-
     async def _load(self) -> None:
-        edition = None
+        edition, tail = None, self.tail
         while edition != self._edition:  # what was read may have been deleted while it was read
             edition = self._edition
-            until = self.head if self._loaded else MAX_BIGINT
-            # One more than is sent to those who join: it tells exactly where the others begin.
-            size = self._history_size + 1
-            messages = await self._repository.load_last_messages(self.channel_id, until, size)
-        frames = _frames(messages)
+            until = tail.head if self._loaded else MAX_BIGINT
+            messages = await self._repository.load_last_messages(
+                self.channel_id, until, self._history_size + 1
+            )
         if not self._loaded:
-            self._move_head(frames[-1][0] if frames else 0)
+            tail.head = messages[-1].message_id if messages else 0
             self._loaded = True
-        elif self._floor > until:
-            return  # so much came meanwhile that the recent frames are enough by now
-        self._floor = frames.pop(0)[0] if len(frames) == size else 0
-        frames.extend(frame for frame in self._recent if frame[0] > until)
-        self._forget_recent()
-        self._remember(frames)
+            self._tell_progress()
+        elif tail.floor > until:
+            return  # so much came meanwhile that the tail is long enough by now
+        tail.fill(encode_all(messages), until)
         self._pursue()  # commits may have landed meanwhile
 
     async def close(self) -> None:
@@ -137,7 +117,7 @@ class Room:
     def commit(self, saved: Sequence[Saved]) -> None:
         """Take what this server committed, in id order, and what it found committed under the same nonces."""
         following: list[OutgoingMessage] = []
-        head = self.head
+        head = self.tail.head
         follows = self._loaded
         for message, repeated, previous in saved:
             self._committed = max(self._committed, message.message_id)
@@ -162,15 +142,15 @@ class Room:
 
     def _drop(self) -> None:
         self._edition += 1
-        self._forget_recent()
-        self._floor = self.head
+        self.tail.forget()
 
     def restart(self) -> None:
         """The log was emptied, and its ids may start again; all who are in the room are being closed."""
         self._loaded = False
         self._generation += 1
-        self.head = self._committed = self._heard = self._target = 0
+        self._committed = self._heard = self._target = 0
         self.forget()
+        self.tail.restart()
 
     async def reach(self, message_id: int) -> None:
         """Wait until the head is at `message_id`, which the log has. Raises `Unavailable`.
@@ -200,7 +180,7 @@ class Room:
         # each sender knows its own, so only then is the hint a target.
         if not self._commits_in_flight:
             self._target, self._heard = max(self._target, self._heard), 0
-        if self._loaded and self._target > self.head and self.catching_up is None:
+        if self._loaded and self._target > self.tail.head and self.catching_up is None:
             self.catching_up = asyncio.create_task(self._catch_up())
 
     async def _catch_up(self) -> None:
@@ -248,11 +228,6 @@ class Room:
             for outbox in outboxes:  # one user may have sent it over several connections
                 outbox.recognise(messages, nonces)
 
-    def _move_head(self, message_id: int) -> None:
-        self.head = message_id
-        self._since = None
-        self._tell_progress()
-
     def _tell_progress(self) -> None:
         if self._progress is not None:
             self._progress.set_result(None)
@@ -260,13 +235,13 @@ class Room:
 
     def _extend(self, messages: Sequence[OutgoingMessage], until: int = 0) -> None:
         """Move the head, to the last message or to `until`: one blob for all live clients."""
-        before = self.head
-        frames = _frames(message for message in messages if message.message_id > before)
-        page = _page(frames, max(frames[-1][0] if frames else before, until))
+        before = self.tail.head
+        frames = encode_all([message for message in messages if message.message_id > before])
+        page = page_of(frames, max(frames[-1][0] if frames else before, until))
         if page.cursor == before:
             return
-        self._move_head(page.cursor)
-        self._remember(frames)
+        self.tail.extend(page)
+        self._tell_progress()
         lagging = []
         size = len(page.blob)
         for client, descriptor in self.live.items():
@@ -281,44 +256,14 @@ class Room:
             self.live.pop(client, None)
             client.fall_behind(before)
 
-    def _forget_recent(self) -> None:
-        self._recent.clear()
-        self._recent_size = 0
-        self._since = None
-
-    def _remember(self, frames: Sequence[LogFrame]) -> None:
-        self._recent.extend(frames)
-        self._recent_size += sum(len(data) for _, data in frames)
-        while len(self._recent) > RECENT_FRAMES or (
-            self._recent_size > RECENT_BYTES and len(self._recent) > self._history_size
-        ):
-            self._floor, data = self._recent.popleft()
-            self._recent_size -= len(data)
-
     # -- reading it --------------------------------------------------------------------------------
-
-    def history_cursor(self) -> int:
-        """The cursor of one who joins: just before the last messages."""
-        if len(self._recent) < self._history_size:
-            return self._floor
-        return self._recent[-self._history_size][0] - 1
-
-    def since(self, cursor: int) -> Page | None:
-        """What follows `cursor`, up to `head`, if it is at hand."""
-        if cursor < self._floor:
-            return None
-        if self._since is None or self._since[0] != cursor:
-            frames = list(takewhile(lambda frame: frame[0] > cursor, reversed(self._recent)))
-            frames.reverse()
-            self._since = cursor, _page(frames, self.head)
-        return self._since[1]
 
     async def read(self, cursor: int) -> Page:
         """A page of what follows `cursor`, from the log. Raises `Unavailable`."""
         until = self.head
         messages = await self._repository.load_messages_after(self.channel_id, cursor, until, PAGE_SIZE)
-        frames = _frames(messages)
-        return _page(frames, frames[-1][0] if len(frames) == PAGE_SIZE else until)
+        frames = encode_all(messages)
+        return page_of(frames, frames[-1][0] if len(frames) == PAGE_SIZE else until)
 
     def tell_others(self, sender: Client, data: bytes) -> None:
         """Pass a frame that is not stored to all live clients but its sender."""
@@ -327,11 +272,3 @@ class Room:
                 written = write_some(descriptor, data)
                 if written < len(data):
                     client.offer(data[written:])
-
-
-def _frames(messages: Iterable[OutgoingMessage]) -> list[LogFrame]:
-    return [(message.message_id, encode(message)) for message in messages]
-
-
-def _page(frames: Sequence[LogFrame], cursor: int) -> Page:
-    return Page(frames, b"".join([data for _, data in frames]), cursor)
