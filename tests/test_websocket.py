@@ -24,7 +24,7 @@ class Listener:
         self.websocket = None
         self.heard = []
         self.gone = asyncio.Event()
-        self.descriptors = []  # when it stalled
+        self.descriptors = []  # when they changed
 
     def read_pump(self):
         self.websocket.parse()
@@ -32,7 +32,7 @@ class Listener:
     def received(self, text):
         self.heard.append(text)
 
-    def stalled(self):
+    def descriptor_changed(self):
         self.descriptors.append(self.websocket.descriptor)
 
     def drained(self):

@@ -222,7 +222,7 @@ class Client:
             assert self._socket is not None
             cursor = self._room.head if self in self._room.live else self._cursor
             self.outbox = Outbox(self._socket, self.user_id, cursor, self._config.max_in_flight, v1=self.v1)
-            self.stalled()
+            self.descriptor_changed()
         message = NewMessage(self.channel_id, self.user_id, frame.content, frame.nonce)
         try:
             if self.outbox.is_refusing:
@@ -266,10 +266,10 @@ class Client:
             return False
         if data := self._others(page)[written:]:
             websocket.write(data)
-        self.stalled()
+        self.descriptor_changed()
         return True
 
-    def stalled(self) -> None:
+    def descriptor_changed(self) -> None:
         """Tell the room whether it may still write by itself."""
         if self in self._room.live:
             self._room.live[self] = self._descriptor()

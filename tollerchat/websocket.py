@@ -6,13 +6,13 @@ import asyncio
 import logging
 import os
 import socket
-import sys
 from typing import Any, Final, Protocol
 
 from aiohttp import WSCloseCode, web
 from aiohttp._websocket.reader import WebSocketDataQueue  # the only place to hook into the parser
 from aiohttp.http import WebSocketError, WebSocketReader, WSMessage, WSMsgType
 
+from tollerchat.progress import Progress
 from tollerchat.protocol import CloseCode, close_frame, pong_frame
 from tollerchat.turns import Turns
 
@@ -23,7 +23,6 @@ logger = logging.getLogger("tollerchat.websocket")
 # Bytes that may wait in a connection's buffer; beyond, it is full until a quarter of them is left.
 BUFFER_LIMIT: Final = 64 * 1024
 SEND_BUFFER: Final = 128 * 1024  # bytes in the kernel, for one connection
-BYTES_ACKED: Final = slice(120, 128)  # of struct tcp_info, since Linux 4.1 (linux/tcp.h)
 CLOSE_TIMEOUT: Final = 2.0  # seconds for the closing handshake; then the connection is aborted
 SLICE: Final = 1024  # bytes parsed at a time: bounds how far a busy listener is overrun
 UNPARSED: Final = 4096  # bytes that may wait to be parsed; beyond, it is not read
@@ -41,8 +40,8 @@ class Listener(Protocol):
     def received_binary(self) -> None:
         """A whole binary message."""
 
-    def stalled(self) -> None:
-        """The system takes no more for now: `descriptor` is not to be used."""
+    def descriptor_changed(self) -> None:
+        """`descriptor` is not to be used any more: the system takes no more for now."""
 
     def drained(self) -> None:
         """The connection is not full any more."""
@@ -69,9 +68,8 @@ class WebSocket(asyncio.Protocol):
         "_held",
         "_listener",
         "_lost",
-        "_progress_at",
+        "_progress",
         "_reader",
-        "_taken",
         "_turns",
         "_unparsed",
         "_waits",
@@ -102,8 +100,7 @@ class WebSocket(asyncio.Protocol):
         self._turns = turns
         self._waits = False  # for its turn, to call read_pump
         self.paused = True  # not reading; aiohttp may have paused it, so it is resumed in any case
-        self._progress_at = 0.0  # when the peer was last seen to read, while the buffer is full
-        self._taken = 0  # what _bytes_taken() said then
+        self._progress: Progress | None = None  # while the buffer is full
         frames = _Frames(self, self.loop)
         # aiohttp refuses messages of exactly its limit.
         self._reader = WebSocketReader(frames, max_size + 1, compress=False, decode_text=True)
@@ -230,7 +227,7 @@ class WebSocket(asyncio.Protocol):
             if (written := write_some(self._descriptor, data)) == len(data):
                 return
             self._direct = False
-            self._listener.stalled()
+            self._listener.descriptor_changed()
             data = data[written:]
         if not self.closing:
             try:
@@ -275,34 +272,15 @@ class WebSocket(asyncio.Protocol):
 
     def is_stuck(self, now: float, timeout: float) -> bool:
         """Whether the peer, at loop time `now`, has read nothing for `timeout` seconds. Ask regularly."""
-        if not self.full:
-            return False
-        if (taken := self._bytes_taken()) > self._taken:
-            self._taken, self._progress_at = taken, now
-        return now - self._progress_at >= timeout
-
-    def _bytes_taken(self) -> int:
-        """A count of what the peer's kernel has taken.
-
-        Our buffers alone would not tell: the kernel takes from them in steps of tens of KB.
-        """
-        if sys.platform == "linux":
-            try:
-                sock = self.transport.get_extra_info("socket")
-                info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_ACKED.stop)
-            except (OSError, ValueError):  # a Unix socket, or one that is closed
-                pass
-            else:
-                if len(info) == BYTES_ACKED.stop:
-                    return int.from_bytes(info[BYTES_ACKED], sys.byteorder)
-        return -self.transport.get_write_buffer_size()
+        return self._progress is not None and self._progress.is_stuck(now, timeout)
 
     def pause_writing(self) -> None:
         self.full = True
-        self._taken, self._progress_at = self._bytes_taken(), self.loop.time()
+        self._progress = Progress(self.transport, self.loop.time())
 
     def resume_writing(self) -> None:
         self.full = False
+        self._progress = None
         self.heard_at = self.loop.time()  # reading is a sign of life, too
         self._listener.drained()
 
