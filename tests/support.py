@@ -162,6 +162,7 @@ class Server:
         self.url = url
         self.session = session
         self.port = port
+        self._sockets = []  # of all clients: they live as long as the server, unless they are closed
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -172,14 +173,19 @@ class Server:
             await web.TCPSite(runner, "127.0.0.1", port).start()
             host, port = runner.addresses[0]
             async with aiohttp.ClientSession() as session:
-                yield cls(runner.app, f"http://{host}:{port}{prefix}", session, port)
+                server = cls(runner.app, f"http://{host}:{port}{prefix}", session, port)
+                try:
+                    yield server
+                finally:
+                    for socket in server._sockets:
+                        socket._response.close()  # not with a handshake: some are stuck
         finally:
             await runner.cleanup()
 
     async def connect(self, user_id=1, channel_id=1, *, v1=False, after=None, **options):
         """Open a channel as a user; returns after the upgrade, with history still to be read."""
         query = "" if after is None else f"?after={after}"
-        return Chatter(
+        self._sockets.append(
             await self.session.ws_connect(
                 f"{self.url}/ws/channel/{channel_id}{query}",
                 headers={"Authorization": f"Bearer {token(user_id)}"},
@@ -188,6 +194,7 @@ class Server:
                 **options,
             )
         )
+        return Chatter(self._sockets[-1])
 
     async def join(self, user_id=1, channel_id=1, *, after=None):
         """Open a channel at level tollerchat.v1, read up to `ready`; returns the client and its history."""

@@ -12,6 +12,7 @@ from tests.checker import Log, check, rows_of
 from tests.faults import Stranger, in_thread, running
 from tests.raw_client import RawClient
 from tests.support import Template, psql, until
+from tollerchat.app import hub_key
 from tollerchat.saving import LOCK_KEY
 
 pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])
@@ -41,10 +42,25 @@ async def room(request, server):
         await server.join(9)
 
 
+async def filled(server, database, count):
+    """Insert many messages, and wait until the room has them, if somebody is in it; returns their ids."""
+    ids = fill(database, count)
+    rooms = server.app[hub_key].rooms
+    await until(lambda: 1 not in rooms or rooms[1].head == ids[-1])
+    return ids
+
+
+async def delete(server, database, condition, *parameters):
+    """Delete messages, and wait until the room knows, if somebody is in it."""
+    database.execute(f"DELETE FROM messages WHERE {condition}", *parameters)
+    rooms = server.app[hub_key].rooms
+    await until(lambda: 1 not in rooms or rooms[1].tail.floor == rooms[1].head)
+
+
 @pytest.mark.usefixtures("room")
 @pytest.mark.parametrize("count", [0, 1, 10, 50, 51, 64, 65, 128, 300, 5000])
 async def test_all_that_is_missing_is_sent(server, database, count):
-    ids = fill(database, count + 7)
+    ids = await filled(server, database, count + 7)
     got, ready = await resumed(server, ids[6])
     assert got == ids[7:]
     assert (ready["last_message_id"], ready["gap"]) == (ids[-1], False)
@@ -56,7 +72,7 @@ async def test_after_zero_sends_the_whole_channel(server, database):
         [],
         {**(await resumed(server, 0))[1], "last_message_id": 0, "gap": False},
     )
-    ids = fill(database, 120)
+    ids = await filled(server, database, 120)
     database.insert("elsewhere", channel_id=2)
     got, ready = await resumed(server, 0)
     assert (got, ready["last_message_id"]) == (ids, ids[-1])
@@ -64,8 +80,8 @@ async def test_after_zero_sends_the_whole_channel(server, database):
 
 @pytest.mark.usefixtures("room")
 async def test_after_a_deleted_row(server, database):
-    ids = fill(database, 30)
-    database.execute("DELETE FROM messages WHERE id BETWEEN %s AND %s", ids[9], ids[19])
+    ids = await filled(server, database, 30)
+    await delete(server, database, "id BETWEEN %s AND %s", ids[9], ids[19])
     for after in (ids[9], ids[12], ids[19]):
         got, ready = await resumed(server, after)
         assert (got, ready["last_message_id"]) == (ids[20:], ids[-1])
@@ -74,8 +90,8 @@ async def test_after_a_deleted_row(server, database):
 @pytest.mark.usefixtures("room")
 async def test_after_beyond_the_newest_row(server, database):
     """The rows that the client saw last were deleted: nothing is missing, and what comes next is sent."""
-    ids = fill(database, 30)
-    database.execute("DELETE FROM messages WHERE id > %s", ids[9])
+    ids = await filled(server, database, 30)
+    await delete(server, database, "id > %s", ids[9])
     got, ready = await resumed(server, ids[29])
     assert got == []
     assert not ready["gap"]
@@ -89,8 +105,8 @@ async def test_after_beyond_the_newest_row(server, database):
 
 @pytest.mark.usefixtures("room")
 async def test_after_the_only_rows_were_deleted(server, database):
-    ids = fill(database, 3)
-    database.execute("DELETE FROM messages")
+    ids = await filled(server, database, 3)
+    await delete(server, database, "true")
     got, ready = await resumed(server, ids[-1])
     assert (got, ready["gap"]) == ([], False)
     got, ready = await resumed(server, 2**62)
@@ -103,7 +119,7 @@ async def test_more_than_max_replay_leaves_a_gap(serve, config, database, limit,
     server = await serve(dataclasses.replace(config, max_replay=limit))
     if joined == "warm":
         await server.join(9)
-    ids = fill(database, 1500)
+    ids = await filled(server, database, 1500)
     got, ready = await resumed(server, ids[0])
     assert (got, ready["gap"], ready["last_message_id"]) == (ids[-limit:], True, ids[-1])
     got, ready = await resumed(server, ids[-limit - 2])
