@@ -166,14 +166,14 @@ class Server:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def run(cls, config, *, app=None, prefix="", port=0):
+    async def run(cls, config, *, app=None, prefix="", port=0, tls=None):
         runner = web.AppRunner(app or create_app(config), shutdown_timeout=1, **RUNNER_OPTIONS)
         await runner.setup()
         try:
-            await web.TCPSite(runner, "127.0.0.1", port).start()
+            await web.TCPSite(runner, "127.0.0.1", port, ssl_context=tls).start()
             host, port = runner.addresses[0]
             async with aiohttp.ClientSession() as session:
-                server = cls(runner.app, f"http://{host}:{port}{prefix}", session, port)
+                server = cls(runner.app, f"http{'s' if tls else ''}://{host}:{port}{prefix}", session, port)
                 try:
                     yield server
                 finally:
