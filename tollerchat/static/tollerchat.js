@@ -9,7 +9,8 @@
  *     const nonce = chat.send("Hello");
  *
  * Every message of the channel is reported exactly once: as `message`, or, where this client sent it, as
- * `ack`. An `ack` may overtake messages with lower ids, so order what you show by `message_id`.
+ * `ack`. They come in the order of their ids, but for acks of messages that were sent again after a reconnect,
+ * so order what you show by `message_id`.
  *
  * Events (`event.detail`):
  *   state    {state, code, retryAt}  see State; retryAt (ms, as Date.now) while a new attempt is waited for
@@ -72,7 +73,6 @@ export class TollerChat extends EventTarget {
   #cursor = null; // last id received from the channel; null before the first connection got anything
   #resumedFrom = null;
   #pending = new Map(); // nonce -> {content, inFlight}, in the order of sending
-  #acked = new Set(); // own ids above the cursor: already reported, but `after` will bring them again
   #held = new Map(); // id -> own message that may be one of #pending whose ack was lost
   #reconnects = 0;
   #refusals = 0; // consecutive "try again later" answers to messages
@@ -277,9 +277,7 @@ export class TollerChat extends EventTarget {
   #message(frame) {
     const id = frame.message_id;
     if (this.#cursor !== null && id <= this.#cursor) return;
-    const reported = this.#acked.has(id);
     this.#advance(id);
-    if (reported) return;
     frame.own = frame.user_id === this.userId;
     // Perhaps a message whose ack was lost, coming back as history. Its nonce, sent again, will tell.
     if (frame.own && this.#awaits(frame.content)) this.#held.set(id, frame);
@@ -288,7 +286,6 @@ export class TollerChat extends EventTarget {
 
   #advance(id) {
     this.#cursor = Math.max(this.#cursor ?? 0, id);
-    for (const own of this.#acked) if (own <= this.#cursor) this.#acked.delete(own);
   }
 
   #awaits(content) {
@@ -300,7 +297,6 @@ export class TollerChat extends EventTarget {
     if (last_message_id < this.#cursor) {
       // The newest messages were deleted, or all of them, and ids have started again.
       this.#cursor = last_message_id;
-      this.#acked.clear();
     }
     this.#advance(last_message_id);
     this.#timer("stable", () => (this.#reconnects = 0), STABLE_MS);
@@ -310,11 +306,10 @@ export class TollerChat extends EventTarget {
   }
 
   #ack({ nonce, message_id, created_at }) {
+    this.#advance(message_id); // all that is before it was sent before it
     const entry = this.#pending.get(nonce);
     if (!entry) return; // answered before
     this.#refusals = 0;
-    // The cursor stays: messages with lower ids may still be on their way.
-    if (message_id > this.#cursor) this.#acked.add(message_id);
     this.#held.delete(message_id);
     this.#settle(nonce, "ack", { nonce, content: entry.content, message_id, created_at });
   }
