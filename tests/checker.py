@@ -44,6 +44,10 @@ class Log:
     def received(self, frame):
         self.events.append(("received", frame))
 
+    def acks(self):
+        """The acks it received."""
+        return [frame for what, frame in self.events if what == "received" and frame["type"] == "ack"]
+
     def contents(self):
         """What it sent."""
         return {
@@ -142,7 +146,7 @@ def _gaps(log, rows, history_size):
     history = kinds[: kinds.index("ready")].count("message") if ready else None
     start, end = log.after or 0, max(seen, default=0)
     if ready or log.after is not None:
-        end = max([end, *(frame["message_id"] for frame in received if frame["type"] == "ack")])
+        end = max([end, *(frame["message_id"] for frame in log.acks())])
     if ready:
         end = max(end, ready["last_message_id"])
     in_full = ready and not ready["gap"] and (log.after is not None or history < history_size)

@@ -261,6 +261,10 @@ class Peer:
 
     # The peer
 
+    def end_sending(self):
+        if self._protocol is not None and not self.closed:
+            self._protocol.eof_received()
+
     def hang_up(self):
         if not self.closed:
             self.closed = True
@@ -372,8 +376,8 @@ class Channel(RuleBasedStateMachine):
         return self.descriptors[descriptor].write_directly(data)
 
     @precondition(lambda self: self.peers)
-    @rule(data=st.data())
-    def leave(self, data):
+    @rule(data=st.data(), half=st.booleans())
+    def leave(self, data, half):
         peer = self.peers.pop(self.pick(self.peers, data))
         seen = [
             frame["message_id"]
@@ -382,6 +386,9 @@ class Channel(RuleBasedStateMachine):
         ]
         if seen:
             self.last_seen[peer.log.user_id] = max(seen)
+        if half:  # it says that it sends no more, and waits
+            self.loop.call_soon(peer.end_sending)
+            self.spin()
         peer.hang_up()
         self.spin()
 
@@ -401,14 +408,19 @@ class Channel(RuleBasedStateMachine):
                 self.spin()
 
     @precondition(lambda self: self.peers and self.count)
-    @rule(data=st.data())
-    def send_again(self, data):
-        """What somebody with the same user id has sent, over the same connection or another one."""
+    @rule(data=st.data(), other=st.sampled_from([False, False, True]))
+    def send_again(self, data, other):
+        """What somebody with the same user id has sent, over the same or another connection; or other content."""
         peer = self.peers[self.pick(self.peers, data)]
         frames = [frame for log in self.logs if log.user_id == peer.log.user_id
                   for what, frame in log.events if what == "sent" and "nonce" in frame]  # fmt: skip
         if frames:
-            peer.send(frames[self.pick(frames, data)])
+            frame = frames[self.pick(frames, data)]
+            # Of two that were never stored, either could be.
+            if other and frame["nonce"] in {each.get("nonce") for log in self.logs for each in log.acks()}:
+                self.count += 1
+                frame = {**frame, "content": f"m{self.count}"}
+            peer.send(frame)
         self.spin()
 
     @precondition(lambda self: self.peers)
