@@ -89,17 +89,17 @@ def _wrong_rows(rows):
 
 
 def _wrong_acks(log, known):
-    contents = {}
+    contents = collections.defaultdict(set)
     for what, frame in log.events:
         if what == "sent" and frame["type"] == "message":
-            contents.setdefault(frame.get("nonce"), frame["content"])
+            contents[frame.get("nonce")].add(frame["content"])
         if what == "sent" or frame["type"] != "ack":
             continue
         nonce, message_id = frame["nonce"], frame["message_id"]
         row = known.get(message_id)
         if row is None:
             yield f"lost message: {log.name} has the ack of {message_id}, which is not in the table"
-        elif nonce is not None and (row.user_id, row.content) != (log.user_id, contents.get(nonce)):
+        elif nonce is not None and (row.user_id != log.user_id or row.content not in contents[nonce]):
             yield f"wrong ack: {log.name} was told that {nonce!r} is {message_id}, which is {row.content!r}"
 
 

@@ -265,17 +265,18 @@ async def test_acks_come_behind_what_is_before_them_in_the_log(unheard):
     assert await bob.receive_contents(3) == ["unheard", "a", "b"]
 
 
-async def test_refusal_comes_behind_the_acks_of_what_was_sent_before(unheard):
+async def test_refusal_without_a_nonce_comes_behind_the_acks_of_what_was_sent_before(unheard, database):
+    """Only the order tells which message it is of."""
     alice, _ = unheard
-    await alice.send("first", nonce="n")
-    await alice.send("other content", nonce="n")
+    database.execute("ALTER TABLE messages ADD CHECK (content <> 'bad')")
+    await alice.send("good")
+    await alice.send("bad")
     assert [(await alice.receive())["type"] for _ in range(3)] == ["message", "ack", "error"]
 
 
-async def test_ack_of_what_was_deleted_before_it_was_read_comes_all_the_same(
-    server, database, unheard, monkeypatch
-):
-    alice, bob = unheard
+@pytest.fixture
+def may_read(server, monkeypatch):
+    """Until this event is set, nothing is read from the log."""
     repository = server.app[repository_key]
     load_messages_after, may_read = repository.load_messages_after, asyncio.Event()
 
@@ -284,6 +285,20 @@ async def test_ack_of_what_was_deleted_before_it_was_read_comes_all_the_same(
         return await load_messages_after(*arguments)
 
     monkeypatch.setattr(repository, "load_messages_after", load_late)
+    return may_read
+
+
+async def test_refusal_with_a_nonce_does_not_wait_for_acks_while_the_log_cannot_be_read(unheard, may_read):
+    alice, _ = unheard
+    await alice.send("first", nonce="n")
+    await alice.send("other content", nonce="n")
+    assert (await alice.receive())["code"] == "nonce_conflict"
+    may_read.set()
+    assert [(await alice.receive())["type"] for _ in range(2)] == ["message", "ack"]
+
+
+async def test_ack_of_what_was_deleted_before_it_was_read_comes_all_the_same(database, unheard, may_read):
+    alice, bob = unheard
     await alice.send("deleted", nonce="n")
     await until(lambda: database.contents() == ["unheard", "deleted"])
     database.execute("DELETE FROM messages WHERE content = 'deleted'")

@@ -95,6 +95,11 @@ class FakeRepository:
         self.deleted.append(self.rows.pop(position))
         self.notifications.append(("changed", 0))
 
+    def truncate(self):
+        for each in (self.rows, self.deleted, self.notifications):
+            each.clear()
+        self._last_id = 0
+
     def advance(self, position, outcome):
         """Take one query a step further."""
         query = self.queries[position]
@@ -455,6 +460,18 @@ class Channel(RuleBasedStateMachine):
         """A row without a nonce: one that is sent again after its deletion is a new message."""
         positions = [n for n, row in enumerate(self.repository.rows) if row.nonce is None]
         self.repository.delete(positions[self.pick(positions, data)])
+
+    @precondition(lambda self: self.count > 10)
+    @rule()
+    def truncate(self):
+        """Ids start again; what is on its way is of the old log. Only who comes from now on has promises."""
+        self.repository.truncate()
+        self.loop.call_soon(self.hub.truncated)
+        self.spin()
+        for peer in self.peers:
+            peer.hang_up()
+        self.peers, self.logs, self.last_seen = [], [], {}
+        self.spin()
 
     @precondition(lambda self: self.repository.queries)
     @rule(data=st.data(), outcome=st.sampled_from(["go on", "go on", "go on", "go on", "fail", "time out"]))

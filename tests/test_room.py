@@ -124,6 +124,28 @@ async def test_emptied_log_starts_again_whatever_is_being_read():
     assert await joined(room) == [1, 2, 3]
 
 
+@pytest.mark.parametrize("joined_since", [False, True])
+async def test_commit_in_a_log_that_was_emptied_since_hides_nothing_in_the_new_one(joined_since):
+    """Its answer is late, and meanwhile ids have started again."""
+    log = Log(1)
+    room = Room(1, log, 50)
+    await room.load()
+    room.begin_commit()
+    log.ids = []
+    room.restart()
+    current = Room(1, log, 50) if joined_since else room  # all have left, and somebody came again
+    await current.load()
+    current.commit([Saved(message(6), repeated=False, previous=1)])
+    room.end_commit()
+    await until(lambda: log.readings > 2 and current.catching_up is None)
+    assert current.head == 0
+    current.begin_commit()
+    log.ids.append(1)
+    current.commit([Saved(message(1), repeated=False, previous=0)])
+    current.end_commit()
+    assert await joined(current) == [1]
+
+
 async def test_closed_room_reads_no_more():
     log = Log(1)
     room = Room(1, log, 50)

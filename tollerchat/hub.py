@@ -115,8 +115,8 @@ class Hub:
             room.hint(message_id)
 
     async def settle(self) -> None:
-        """Wait until all rooms have read what they know to be in the log: acks stand behind it."""
-        if reading := [room.catching_up for room in self.rooms.values() if room.catching_up is not None]:
+        """Wait until the rooms have read what they know to be in the log, where acks stand behind it."""
+        if reading := [room.catching_up for room in self.rooms.values() if room.catching_up and room.owes]:
             await asyncio.wait(reading)
 
     async def compare_with_log(self) -> None:

@@ -49,8 +49,9 @@ class Outbox:
         self._max_in_flight = max_in_flight
         self._in_flight = 0  # messages without an answer
         self._cursor = cursor  # the client's
-        # Answers in the order of the messages, each with the id that the cursor must reach first.
-        self._answers: deque[tuple[int, bytes]] = deque()
+        # Answers in the order of the messages, each with the id that the cursor must reach first, 0 for a refusal,
+        # and whether it is one that tells by its nonce which message it is of.
+        self._answers: deque[tuple[int, bytes, bool]] = deque()
         self.own: set[int] = set()  # ids of its messages that its cursor has not passed yet
         # Of its messages that may be stored, or may not: nonces, and hashes of the contents.
         self._unsettled: set[tuple[str, int]] = set()
@@ -67,6 +68,11 @@ class Outbox:
     def is_refusing(self) -> bool:
         """Whether a message was not taken, and its sender does not know yet: what follows must not overtake it."""
         return bool(self._late)
+
+    @property
+    def owes(self) -> bool:
+        """Whether there are answers that its cursor has not reached."""
+        return bool(self._answers)
 
     @property
     def awaits(self) -> bool:
@@ -91,9 +97,10 @@ class Outbox:
         message = saved.message
         if nonce is not None:
             self._unsettled.discard((nonce, hash(message.content)))
-        self.own.add(message.message_id)
+        if message.message_id > self._cursor:
+            self.own.add(message.message_id)
         ack = encode(AckFrame(nonce, message.message_id, message.created_at)) if self._v1 else b""
-        self._answers.append((message.message_id, ack))
+        self._answers.append((message.message_id, ack, False))
 
     def refused(self, error: ChatError, message: NewMessage) -> None:
         """It is not stored, or, for all we know, may be: then it is remembered, to be recognised in the log."""
@@ -105,28 +112,36 @@ class Outbox:
             self._unsettled.add((message.nonce, hash(message.content)))
         elif error.sent:
             self._nameless.append((message.content, time.monotonic() + RECOGNISED_FOR))
-        self._answers.append((0, error_frame(error, message.nonce)))
+        self._answers.append((0, error_frame(error, message.nonce), message.nonce is not None))
 
     def answer(self) -> None:
         """Write the answers whose place is not behind the cursor; drop all if the connection is closing."""
         if self._answers:
             until = MAX_BIGINT if self._socket.closing else self._cursor
-            if data := b"".join(self._take_answers(until)):
+            taken = self._take_answers(until)
+            # While the log cannot be read, acks wait; a refusal that can be told apart need not.
+            for answer in [each for each in self._answers if each[2]]:
+                self._answers.remove(answer)
+                taken += self._answered(answer[1])
+            if data := b"".join(taken):
                 self._socket.write(data)
 
     def _take_answers(self, message_id: int) -> list[bytes]:
         """The answers whose place is not behind this id."""
         taken: list[bytes] = []
-        answers = self._answers
-        while answers and answers[0][0] <= message_id:
-            if self.full:
-                self._socket.read_on()  # it was not read meanwhile
-            taken.append(answers.popleft()[1])
-            self._in_flight -= 1
-            if self._late and not self._in_flight:
-                taken += self._late
-                self._late.clear()
+        while self._answers and self._answers[0][0] <= message_id:
+            taken += self._answered(self._answers.popleft()[1])
         return taken
+
+    def _answered(self, answer: bytes) -> list[bytes]:
+        """What is to be written for an answer: with the last one, the refusals that waited for it."""
+        if self.full:
+            self._socket.read_on()  # it was not read meanwhile
+        self._in_flight -= 1
+        late: list[bytes] = []
+        if not self._in_flight:
+            late, self._late = self._late, late
+        return [answer, *late]
 
     def recognise(self, messages: Sequence[OutgoingMessage], nonces: Mapping[int, str]) -> None:
         """Find its messages of unknown fate among new ones from the log; `nonces` are by message id."""

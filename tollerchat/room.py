@@ -56,6 +56,7 @@ class Room:
         self._commits_ended = 0
         self._spoilt_until = 0  # the last commit that was in flight when something was forgotten
         self._generation = 0  # counts restarts
+        self._begun_in = -1  # the generation in which the last commit began
         self._committed = 0  # the newest id that a commit of this server has told
         self._heard = 0  # the newest id announced by anybody
         self._target = 0  # the newest id that the room may read from the log
@@ -66,6 +67,11 @@ class Room:
     def head(self) -> int:
         """The newest message id that the live clients were given."""
         return self.tail.head
+
+    @property
+    def owes(self) -> bool:
+        """Whether somebody waits for an ack that stands behind messages which the room has not read yet."""
+        return any(client.outbox is not None and client.outbox.owes for client in self.clients)
 
     # -- starting and ending -----------------------------------------------------------------------
 
@@ -104,6 +110,7 @@ class Room:
     def begin_commit(self) -> None:
         """A commit of this server is on its way: the log is not to be read past it before its answer."""
         self._commits_in_flight += 1
+        self._begun_in = self._generation
 
     def end_commit(self) -> None:
         """The answer has been dealt with."""
@@ -116,6 +123,9 @@ class Room:
 
     def commit(self, saved: Sequence[Saved]) -> None:
         """Take what this server committed, in id order, and what it found committed under the same nonces."""
+        if self._begun_in != self._generation:  # it may be of a log that is gone
+            self.hint(max(each.message.message_id for each in saved))
+            return
         following: list[OutgoingMessage] = []
         head = self.tail.head
         follows = self._loaded
