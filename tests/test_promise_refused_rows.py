@@ -88,7 +88,7 @@ async def test_missing_privilege_is_nothing_that_a_sender_did(serve, config, dat
     """Its clients must not drop their messages, and the operator must be told."""
     database.execute(f"REVOKE INSERT ON messages FROM {role}")
     url = re.sub("//[^@]*@", f"//{role}@", config.db_url)
-    server = await serve(dataclasses.replace(config, db_url=url, store_timeout=0.2))
+    server = await serve(dataclasses.replace(config, db_url=url, store_timeout=1))
     alice, _ = await server.join(1)
     await alice.send("one", nonce="n")
     assert (await alice.receive())["code"] == "unavailable"
