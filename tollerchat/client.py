@@ -58,6 +58,7 @@ class Client:
         "_hub",
         "_next_ping",
         "_next_typing",
+        "_pinged_at",
         "_ready",
         "_refusal",
         "_room",
@@ -98,6 +99,7 @@ class Client:
         self._writable: asyncio.Future[None] | None = None  # what write_pump waits for
         self._next_typing = 0.0  # loop times
         self._next_ping = 0.0
+        self._pinged_at = 0.0
         self._refusal: tuple[int, str] | None = None  # a close() that came before start()
         self._socket: WebSocket | None = None
         self._room: Room
@@ -173,15 +175,25 @@ class Client:
         elif websocket.full or websocket.paused:  # it gets no pings, or we do not read its answers
             if websocket.is_stuck(now, self._config.write_timeout):
                 self.close(CloseCode.TOO_SLOW, "did not keep up")
-        elif now - websocket.heard_at > self._config.pong_timeout:
-            logger.info("user %d has not answered for %s s: aborted", self.user_id, self._config.pong_timeout)
-            self.abort()
         else:
-            if now >= self._next_ping:
-                self._next_ping = now + self._config.ping_interval
-                self.offer(PING_FRAME)
             interval = min(CHECK_INTERVAL, self._config.write_timeout / 2, self.expires_at - unix_time)
-            self.due = min(now + interval, self._next_ping)
+            self.due = min(now + interval, self._keep_alive(now, websocket))
+
+    def _keep_alive(self, now: float, websocket: WebSocket) -> float:
+        """Ping if it is time to, abort if the last ping was not answered; returns when to look again.
+
+        Silence alone says nothing: a server that stood still for a while has not asked.
+        """
+        patience = self._config.pong_timeout - self._config.ping_interval
+        if websocket.heard_at >= self._pinged_at:
+            if now < self._next_ping:
+                return self._next_ping
+            self._pinged_at, self._next_ping = now, now + self._config.ping_interval
+            self.offer(PING_FRAME)
+        elif now > self._pinged_at + patience:
+            logger.info("user %d has not answered a ping for %s s: aborted", self.user_id, patience)
+            self.abort()
+        return self._pinged_at + patience
 
     # -- from the client ---------------------------------------------------------------------------
 

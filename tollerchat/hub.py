@@ -186,6 +186,9 @@ class Hub:
         tick = min(1.0, self._config.ping_interval / 4)
         while True:
             await asyncio.sleep(tick)
+            await asyncio.sleep(
+                0.001
+            )  # after a standstill, what came meanwhile is read before anybody is judged
             now, unix_time = loop.time(), time.time()
             for client in [client for client in self._clients() if client.due <= now]:
                 try:

@@ -27,7 +27,8 @@ _NTH_NEWEST = """
     SELECT id FROM messages
     WHERE (channel_id, id) > (%(channel_id)s, %(after)s) AND (channel_id, id) <= (%(channel_id)s, %(until)s)
     ORDER BY channel_id DESC, id DESC OFFSET %(n)s LIMIT 1"""
-_NONCES = "SELECT id, nonce FROM messages WHERE channel_id = %s AND id = ANY (%s) AND nonce IS NOT NULL"
+# Not only those that have one: the planner may take the index of nonces then, and read all of the channel's.
+_NONCES = "SELECT id, nonce FROM messages WHERE channel_id = %s AND id = ANY (%s)"
 _NEWEST = """
     SELECT asked.channel_id, (
         SELECT id FROM messages
@@ -132,7 +133,8 @@ class Repository:
 
     async def nonces_of(self, channel_id: int, message_ids: list[int]) -> dict[int, str]:
         """The nonces of these messages, as far as they have one."""
-        return dict(await self._read(_NONCES, (channel_id, message_ids)))
+        rows = await self._read(_NONCES, (channel_id, message_ids))
+        return {message_id: nonce for message_id, nonce in rows if nonce is not None}
 
     async def newest_ids(self, channel_ids: Iterable[int]) -> dict[int, int]:
         """The newest message id of each channel, 0 for an empty one."""

@@ -89,13 +89,17 @@ class Sessions:
         self._idle.append(session)
 
     async def _connect(self) -> Connection:
-        connection = await open_connection(self._config, self._watch)
         try:
-            await self._prepare(connection)
-            if self._closed:
-                raise Unavailable("the server has shut down")
-        except BaseException:
-            connection.close()
+            connection = await open_connection(self._config, self._watch)
+            try:
+                await self._prepare(connection)
+                if self._closed:
+                    raise Unavailable("the server has shut down")
+            except BaseException:
+                connection.close()
+                raise
+        except FAILURES:
+            distrust(self._config.db_url)  # it may take connections, and still not be what we need
             raise
         return connection
 
