@@ -14,7 +14,7 @@ from tests.raw_client import RawClient
 from tests.soak import Talker, wind_up
 from tests.support import SECRET, Template, until
 from tollerchat import Config, bus
-from tollerchat.app import hub_key
+from tollerchat.app import hub_key, repository_key
 from tollerchat.saving import SERVERS_KEY
 
 pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])
@@ -206,6 +206,17 @@ async def test_server_whose_peer_is_gone_is_alone_again(serve, config, database,
         assert (await alice.receive())["type"] == "ack"
         stranger.poll()
         assert stranger.notifies == []
+
+
+async def test_server_that_comes_after_another_is_alone_at_once(serve, config, database, monkeypatch):
+    """Being told of its own commits would cost it a fifth of its work."""
+    async with running(database.url) as before:
+        await until(lambda: database.execute("SELECT 1 FROM tollerchat_servers"))
+        before.kill()
+    monkeypatch.setattr(bus, "PROBE_INTERVAL", 3600)
+    server = await serve(config)
+    known = "SELECT id FROM tollerchat_servers"
+    await until(lambda: database.execute(known) == [(server.app[repository_key].server_id,)])
 
 
 async def test_server_goes_on_listening_on_one_connection(serve, config, database, monkeypatch):

@@ -96,6 +96,8 @@ class PostgresBus:
         try:
             known = False  # to all who commit
             while True:
+                if not await self._execute(connection, _PROBE):
+                    raise Unavailable("the database has forgotten this server")
                 known = known or await self._outwait(connection)
                 await self._hub.compare_with_log()
                 with contextlib.suppress(asyncio.TimeoutError):
@@ -104,8 +106,6 @@ class PostgresBus:
                     )
                     await asyncio.sleep(DOUBT_DELAY)
                 self._hub.in_doubt.clear()
-                if not await self._execute(connection, _PROBE):
-                    raise Unavailable("the database has forgotten this server")
         except _FAILURES as exc:
             logger.warning("a probe of the database failed: %s", str(exc).strip() or type(exc).__name__)
             connection.close()
