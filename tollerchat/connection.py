@@ -50,7 +50,7 @@ class Connection(aiopg.Connection):
     _ended = False
     _cursor: Any = None  # psycopg2's: of aiopg's there would be one more for each query
 
-    async def query(self, sql: str, parameters: Any = None) -> list[tuple[Any, ...]]:
+    async def query(self, sql: str | bytes, parameters: Any = None) -> list[tuple[Any, ...]]:
         """Run a query and return its rows, if it has any. Raises one of `FAILURES`."""
         waiter = self._create_waiter("query")
         try:
@@ -66,7 +66,7 @@ class Connection(aiopg.Connection):
     @staticmethod
     def _ready(weak_self: "weakref.ref[Any]") -> None:
         aiopg.Connection._ready(weak_self)
-        if (self := weak_self()) is not None and self.closed:
+        if (self := weak_self()) is not None and self._conn.closed:
             self.close()  # now: its descriptor may soon be another's, and must not be watched
 
     async def _poll(self, waiter: "asyncio.Future[None]", timeout: float) -> None:

@@ -42,7 +42,7 @@ class Sessions:
             session.close()
 
     async def run(
-        self, sql: str, parameters: Any, *, expects: Expects = lambda exc: False
+        self, sql: str | bytes, parameters: Any, *, expects: Expects = lambda exc: False
     ) -> list[tuple[Any, ...]]:
         """Run a query and return its rows, if it has any.
 
