@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import psycopg2
@@ -167,13 +167,15 @@ class Repository:
             raise result
         return result.message
 
-    async def save_messages(self, batch: Sequence[NewMessage], heads: Mapping[int, int]) -> list[SaveResult]:
+    def save_messages(
+        self, batch: Sequence[NewMessage], heads: Mapping[int, int]
+    ) -> Awaitable[list[SaveResult]]:
         """Store a batch in one transaction; one result per message, in order: see `Saver.save`.
 
         Telling our own clients is left to the caller.
         """
         assert self._saver is not None, "open() was not awaited"
-        return await self._saver.save(batch, heads)
+        return self._saver.save(batch, heads)
 
 
 async def _prepare(connection: Connection) -> None:

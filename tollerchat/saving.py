@@ -1,7 +1,7 @@
 """`Saver`: how a batch of messages is stored, and each of them gets a result of its own."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -104,12 +104,7 @@ class NewMessage(msgspec.Struct, gc=False):
     user_id: int
     content: str
     nonce: str | None = None
-
-
-class _Row(NewMessage, gc=False):
-    """A message, as `tollerchat_save` takes it."""
-
-    head: int | None = None  # of the channel; with the first message of each
+    head: int | None = None  # for the saver: of the channel, with the first message of each
 
 
 class Saved(NamedTuple):
@@ -146,16 +141,14 @@ class Saver:
         must not have the same nonce of the same user and channel twice.
         """
         previous: dict[int, int] = {}
-        new_rows = []
         for new in batch:
-            head = None
+            new.head = None
             if new.channel_id not in previous:
-                head = previous[new.channel_id] = heads.get(new.channel_id, 0)
-            new_rows.append(_Row(new.channel_id, new.user_id, new.content, new.nonce, head))
+                new.head = previous[new.channel_id] = heads.get(new.channel_id, 0)
         channel_ids = sorted(previous)
         # psycopg2 would need longer to quote this than to send it. Without a quote in it, JSON is the same.
         array = b",".join([b"%d" % channel_id for channel_id in channel_ids])
-        json = msgspec.json.encode(new_rows).replace(b"'", b"\\u0027")
+        json = msgspec.json.encode(batch).replace(b"'", b"\\u0027")
         try:
             rows = await self._run(sql % (array, json))
         except psycopg2.errors.LockNotAvailable:
@@ -222,9 +215,9 @@ class Saver:
                     down = Unavailable(str(result))  # the rest was not sent
         return [results[n] for n in range(len(batch))]
 
-    async def _run(self, sql: str | bytes, parameters: Any = None) -> list[tuple[Any, ...]]:
+    def _run(self, sql: str | bytes, parameters: Any = None) -> Awaitable[list[tuple[Any, ...]]]:
         """Run a query. Raises `psycopg2.Error` if it may be about single rows, else `Unavailable`."""
-        return await self._sessions.run(sql, parameters, expects=_is_of_rows)
+        return self._sessions.run(sql, parameters, expects=_is_of_rows)
 
     async def _prepare(self, connection: Connection) -> None:
         ((sequence,),) = await connection.query("SELECT pg_get_serial_sequence('messages', 'id')")
