@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -252,19 +253,24 @@ class Room:
             return
         self.tail.extend(page)
         self._tell_progress()
-        lagging = []
-        size = len(page.blob)
+        rest = []  # those who are not done with one call of the system, and how many bytes they got by it
+        blob, size, write = page.blob, len(page.blob), os.write
         for client, descriptor in self.live.items():
             try:
-                written = write_some(descriptor, page.blob)
-                if (written < size or descriptor < 0) and not client.deliver(page, written):
-                    lagging.append(client)
+                if descriptor < 0:
+                    rest.append((client, 0))
+                elif (written := write(descriptor, blob)) < size:
+                    rest.append((client, written))
+            except OSError:  # it is full, or broken: the transport will see which
+                rest.append((client, 0))
+        for client, written in rest:
+            try:
+                if not client.deliver(page, written):
+                    self.live.pop(client, None)
+                    client.fall_behind(before)
             except Exception:  # the rows are stored: one bad connection must not keep them from the others
                 logger.exception("channel %d: a connection failed and was aborted", self.channel_id)
                 client.abort()
-        for client in lagging:
-            self.live.pop(client, None)
-            client.fall_behind(before)
 
     # -- reading it --------------------------------------------------------------------------------
 
