@@ -314,8 +314,11 @@ class Channel(RuleBasedStateMachine):
             mock.patch.object(room, "PAGE_SIZE", 2),
             mock.patch.object(tail, "MAX_FRAMES", 4),
             mock.patch.object(writer, "time", types.SimpleNamespace(monotonic=self.loop.time)),
-            mock.patch.object(
-                websocket, "os", types.SimpleNamespace(name="posix", write=self.write_directly)
+            *(
+                mock.patch.object(
+                    module, "os", types.SimpleNamespace(name="posix", write=self.write_directly)
+                )
+                for module in (room, websocket)
             ),
         ]
         for patch in self.patches:

@@ -232,9 +232,7 @@ class Client:
     def _on_message(self, frame: IncomingMessage) -> None:
         if self.outbox is None:
             assert self._socket is not None
-            cursor = self._room.head if self in self._room.live else self._cursor
-            self.outbox = Outbox(self._socket, self.user_id, cursor, self._config.max_in_flight, v1=self.v1)
-            self.descriptor_changed()
+            self.outbox = Outbox(self._socket, self.user_id, self._config.max_in_flight, v1=self.v1)
         message = NewMessage(self.channel_id, self.user_id, frame.content, frame.nonce)
         try:
             if self.outbox.is_refusing:
@@ -243,7 +241,9 @@ class Client:
         except Unavailable as exc:
             self.outbox.refuse(exc, frame.nonce)
         else:
-            self.outbox.sent(frame.content, frame.nonce)
+            cursor = self._room.head if self in self._room.live else self._cursor
+            self.outbox.sent(frame.content, frame.nonce, cursor)
+            self.descriptor_changed()
 
     def _on_typing(self) -> None:
         assert self._socket is not None
@@ -287,9 +287,9 @@ class Client:
             self._room.live[self] = self._descriptor()
 
     def _descriptor(self) -> int:
-        """Where the room may write by itself: not to one who sends, and must not get its own messages."""
+        """Where the room may write by itself: not to one whose own messages are under way, which it must not get."""
         assert self._socket is not None
-        return self._socket.descriptor if self.outbox is None else -1
+        return self._socket.descriptor if self.outbox is None or self.outbox.idle else -1
 
     def _others(self, page: Page) -> bytes:
         return page.blob if self.outbox is None else self.outbox.others(page)

@@ -40,15 +40,13 @@ class Outbox:
         "user_id",
     )
 
-    def __init__(
-        self, websocket: WebSocket, user_id: int, cursor: int, max_in_flight: int, *, v1: bool
-    ) -> None:
+    def __init__(self, websocket: WebSocket, user_id: int, max_in_flight: int, *, v1: bool) -> None:
         self.user_id = user_id
         self._socket = websocket
         self._v1 = v1
         self._max_in_flight = max_in_flight
         self._in_flight = 0  # messages without an answer
-        self._cursor = cursor  # the client's
+        self._cursor = 0  # the client's; while idle, it may be behind
         # Answers in the order of the messages, each with the id that the cursor must reach first, 0 for a refusal,
         # and whether it is one that tells by its nonce which message it is of.
         self._answers: deque[tuple[int, bytes, bool]] = deque()
@@ -65,6 +63,11 @@ class Outbox:
         return self._in_flight + len(self._late) >= self._max_in_flight
 
     @property
+    def idle(self) -> bool:
+        """Whether all that follows in the log is another's, and no answer is to be put in its place."""
+        return not (self._in_flight or self._answers or self.own or self._unsettled or self._nameless)
+
+    @property
     def is_refusing(self) -> bool:
         """Whether a message was not taken, and its sender does not know yet: what follows must not overtake it."""
         return bool(self._late)
@@ -79,8 +82,9 @@ class Outbox:
         """Whether messages of its own may come up in the log."""
         return bool(self._unsettled or self._nameless)
 
-    def sent(self, content: str, nonce: str | None) -> None:
-        """A message is under way."""
+    def sent(self, content: str, nonce: str | None, cursor: int) -> None:
+        """A message is under way; `cursor` is where its sender is in the log."""
+        self._cursor = cursor
         self._in_flight += 1
         if nonce is not None:
             self._unsettled.add((nonce, hash(content)))
