@@ -65,7 +65,7 @@ class Outbox:
     @property
     def idle(self) -> bool:
         """Whether all that follows in the log is another's, and no answer is to be put in its place."""
-        return not (self._in_flight or self._answers or self.own or self._unsettled or self._nameless)
+        return not (self._in_flight or self.own or self.awaits)
 
     @property
     def is_refusing(self) -> bool:

@@ -1,0 +1,78 @@
+"""When a sender may be written to like one who only listens: not while anything of its own is on its way."""
+
+import pytest
+
+from tollerchat.app import hub_key
+from tollerchat.errors import InvalidContent, Unavailable
+from tollerchat.outbox import Outbox
+from tollerchat.protocol import OutgoingMessage
+from tollerchat.saving import NewMessage, Saved
+from tollerchat.tail import encode_all, page_of
+
+
+class Socket:
+    closing = False
+
+    def __init__(self):
+        self.written = []
+
+    def write(self, data):
+        self.written.append(data)
+
+
+def stored(message_id):
+    return OutgoingMessage("x", 1, 1, message_id, "2026-01-01T00:00:00.000000Z")
+
+
+def page(*message_ids):
+    return page_of(encode_all([stored(message_id) for message_id in message_ids]), message_ids[-1])
+
+
+@pytest.fixture
+def outbox():
+    return Outbox(Socket(), 1, 8, v1=True)
+
+
+@pytest.mark.parametrize("nonce", ["n", None])
+def test_sender_is_busy_until_its_message_has_passed(outbox, nonce):
+    assert outbox.idle
+    outbox.sent("x", nonce, 4)
+    assert not outbox.idle
+    outbox.stored(Saved(stored(6), repeated=False, previous=5), nonce)
+    assert outbox.others(page(5)) == page(5).blob
+    assert not outbox.idle
+    assert b'"ack"' in outbox.others(page(6))
+    assert outbox.idle
+
+
+@pytest.mark.parametrize("nonce", ["n", None])
+def test_sender_is_busy_while_its_message_may_be_stored_after_all(outbox, nonce):
+    outbox.sent("x", nonce, 4)
+    outbox.refused(Unavailable("no answer", sent=True), NewMessage(1, 1, "x", nonce))
+    outbox.answer()
+    assert b'"unavailable"' in outbox._socket.written[0]
+    assert outbox.others(page(5)) == page(5).blob
+    assert not outbox.idle
+    outbox.recognise([stored(6)], {6: nonce} if nonce else {})
+    assert not outbox.idle
+    assert outbox.others(page(6)) == b""
+    assert outbox.idle
+
+
+@pytest.mark.parametrize("nonce", ["n", None])
+def test_sender_whose_message_was_refused_is_idle_again(outbox, nonce):
+    outbox.sent("x", nonce, 4)
+    outbox.refused(InvalidContent("no"), NewMessage(1, 1, "x", nonce))
+    outbox.answer()
+    assert outbox.idle
+
+
+async def test_idle_sender_is_written_to_by_its_room(server):
+    (alice, _), (bob, _) = await server.join(1), await server.join(2)
+    await alice.send("hello")
+    assert (await alice.receive())["type"] == "ack"
+    assert (await bob.receive())["content"] == "hello"
+    assert all(descriptor >= 0 for descriptor in server.app[hub_key].rooms[1].live.values())
+    await bob.send("hi")
+    assert (await alice.receive())["content"] == "hi"
+    assert (await bob.receive())["type"] == "ack"
