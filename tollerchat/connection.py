@@ -4,19 +4,16 @@ import asyncio
 import contextlib
 import logging
 import math
-import os
 import select
 import socket
 import threading
-import types
 import weakref
 from collections.abc import Iterator
 from typing import Any, Final
 
 import aiopg
-import aiopg.connection
 import psycopg2
-from psycopg2.extensions import make_dsn, parse_dsn
+from psycopg2.extensions import POLL_OK, POLL_WRITE, make_dsn, parse_dsn
 
 __all__ = ("FAILURES", "OPTIONS", "Connection", "ConnectionWatch", "connect", "distrust")
 
@@ -42,8 +39,9 @@ _KEEPALIVES: Final = {"keepalives_idle": "60", "keepalives_interval": "10", "kee
 class Connection(aiopg.Connection):
     """A connection that knows when it is dead, whatever becomes of single queries.
 
-    aiopg gives each query a timer, lets any failed one end the notifications, and takes one that the server
-    cancels for a cancelled task. The timeouts here are kept by a `ConnectionWatch`.
+    aiopg gives each query a timer, lets any failed one end the notifications, takes one that the server cancels
+    for a cancelled task, and asks select(2), which takes no descriptor above 1023, about its socket. The timeouts
+    here are kept by a `ConnectionWatch`.
     """
 
     _deadline = math.inf  # loop time, of the query
@@ -65,9 +63,33 @@ class Connection(aiopg.Connection):
 
     @staticmethod
     def _ready(weak_self: "weakref.ref[Any]") -> None:
-        aiopg.Connection._ready(weak_self)
-        if (self := weak_self()) is not None and self._conn.closed:
+        """Its socket is ready: go on with what is under way."""
+        if (self := weak_self()) is None:
+            return
+        conn, waiter = self._conn, self._waiter
+        state, error = POLL_OK, None
+        try:
+            state = conn.poll()
+        except (psycopg2.Warning, psycopg2.Error) as exc:  # of the query, or of the connection
+            error = exc
+        while conn.notifies:
+            self._notifies.put_nowait(conn.notifies.pop(0))
+        if state == POLL_OK and waiter is not None and not waiter.done():
+            if error is None:
+                waiter.set_result(None)
+            else:
+                waiter.set_exception(error)
+        if conn.closed:
             self.close()  # now: its descriptor may soon be another's, and must not be watched
+        elif (state == POLL_WRITE) is not self._writing:
+            self._watch_for_writing(state == POLL_WRITE)
+
+    def _watch_for_writing(self, wanted: bool) -> None:
+        self._writing = wanted
+        if wanted:
+            self._loop.add_writer(self._conn.fileno(), self._ready, self._weakref)
+        else:
+            self._loop.remove_writer(self._conn.fileno())
 
     async def _poll(self, waiter: "asyncio.Future[None]", timeout: float) -> None:
         self._ready(self._weakref)
@@ -222,19 +244,6 @@ def _hosts(parameters: dict[str, Any]) -> Iterator[tuple[str, str]]:
         raise OSError(f"DB_URL has {len(hosts)} hosts and {len(ports)} ports")
     return zip(hosts, ports * len(hosts) if len(ports) == 1 else ports, strict=True)
 
-
-def _check_descriptors(readable: list[int], *_: object) -> None:
-    for descriptor in readable:
-        try:
-            os.fstat(descriptor)
-        except OSError:  # a bad descriptor, which aiopg only stops to watch for reading
-            asyncio.get_running_loop().remove_writer(descriptor)
-            raise
-
-
-# When a query fails, aiopg asks select(2) whether its descriptor is a bad one. From 1024 on, select takes none
-# at all, and whoever waits for the query would be left waiting.
-vars(aiopg.connection)["select"] = types.SimpleNamespace(select=_check_descriptors)
 
 WATCH_INTERVAL: Final = 0.2  # seconds
 
