@@ -241,9 +241,10 @@ class Client:
         except Unavailable as exc:
             self.outbox.refuse(exc, frame.nonce)
         else:
-            cursor = self._room.head if self in self._room.live else self._cursor
+            cursor, live = self._cursor, self._room.live
+            if self in live:
+                cursor, live[self] = self._room.head, -1  # its own message is not for it
             self.outbox.sent(frame.content, frame.nonce, cursor)
-            self.descriptor_changed()
 
     def _on_typing(self) -> None:
         assert self._socket is not None
@@ -278,7 +279,7 @@ class Client:
             return False
         if data := self._others(page)[written:]:
             websocket.write(data)
-        self.descriptor_changed()
+        self._room.live[self] = self._descriptor()
         return True
 
     def descriptor_changed(self) -> None:
