@@ -173,15 +173,19 @@ class Outbox:
     def others(self, page: Page) -> bytes:
         """The frames of a page, with answers in place of its own ones; the cursor passes them."""
         self._cursor = page.cursor
-        if not self.own and not self._answers:
+        own, answers = self.own, self._answers
+        if not own and not answers:
             return page.blob
-        own = self.own
         parts: list[bytes] = []
         for message_id, data in page.frames:
-            parts += self._take_answers(message_id)
-            if message_id not in own:
+            if answers and answers[0][0] <= message_id:
+                parts += self._take_answers(message_id)
+            if message_id in own:
+                own.remove(message_id)
+            else:
                 parts.append(data)
-        if self._answers:
+        if answers:
             parts += self._take_answers(page.cursor)
-        self.own = {message_id for message_id in own if message_id > page.cursor}
+        if own:  # some may have been deleted before they came up
+            self.own = {message_id for message_id in own if message_id > page.cursor}
         return b"".join(parts)

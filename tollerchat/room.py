@@ -130,16 +130,19 @@ class Room:
         following: list[OutgoingMessage] = []
         head = self.tail.head
         follows = self._loaded
-        for message, repeated, previous in saved:
-            self._committed = max(self._committed, message.message_id)
-            if not repeated:
-                follows = follows and previous <= head
-                if follows:  # or somebody else wrote in between: the rest is read from the log
-                    following.append(message)
-                    head = message.message_id
-        self._extend(following)
+        for each in saved:
+            message_id = each.message.message_id
+            if message_id > self._committed:
+                self._committed = message_id
+            if not each.repeated:
+                follows = follows and each.previous <= head
+                # Or somebody else wrote in between: the rest is read from the log; or it was read from there already.
+                if follows and message_id > head:
+                    following.append(each.message)
+                    head = message_id
+        if following:
+            self._extend(following)
         self._target = max(self._target, self._committed)
-        self._pursue()
 
     def hint(self, message_id: int) -> None:
         """Somebody says that the log has grown to `message_id`. May be late, doubled or out of order."""
@@ -217,7 +220,9 @@ class Room:
                     continue
                 is_complete = len(messages) < PAGE_SIZE
                 # What was committed and deleted is passed, too: its sender waits for that.
-                self._extend(messages, until=committed if is_complete else 0)
+                head = self.head  # commits may have landed meanwhile
+                new = [message for message in messages if message.message_id > head]
+                self._extend(new, until=committed if is_complete else 0)
                 if edition != self._edition:
                     self._drop()  # what was read may have been deleted meanwhile: it was sent, but is not kept
                 if is_complete:  # maybe with less than was announced: it was deleted, or never was
@@ -247,7 +252,7 @@ class Room:
     def _extend(self, messages: Sequence[OutgoingMessage], until: int = 0) -> None:
         """Move the head, to the last message or to `until`: one blob for all live clients."""
         before = self.tail.head
-        frames = encode_all([message for message in messages if message.message_id > before])
+        frames = encode_all(messages)
         page = page_of(frames, max(frames[-1][0] if frames else before, until))
         if page.cursor == before:
             return

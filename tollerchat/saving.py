@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import msgspec
 import psycopg2
@@ -107,7 +107,7 @@ class NewMessage(msgspec.Struct, gc=False):
     head: int | None = None  # for the saver: of the channel, with the first message of each
 
 
-class Saved(NamedTuple):
+class Saved(msgspec.Struct, gc=False):
     """A committed message."""
 
     message: OutgoingMessage

@@ -3,7 +3,9 @@
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
-from typing import Final, NamedTuple
+from typing import Final
+
+import msgspec
 
 from tollerchat.protocol import OutgoingMessage, encode
 
@@ -16,7 +18,7 @@ MAX_BYTES: Final = 256 * 1024
 LogFrame = tuple[int, bytes]  # message_id, encoded frame
 
 
-class Page(NamedTuple):
+class Page(msgspec.Struct, gc=False):
     """A part of the log, ready to be sent."""
 
     frames: Sequence[LogFrame]

@@ -173,12 +173,13 @@ class WebSocket(asyncio.Protocol):
 
     def _parsed(self, frame: WSMessage) -> None:
         kind = frame.type
-        if kind is WSMsgType.CLOSE:
+        if kind is WSMsgType.TEXT:
+            if not self.deaf:
+                self._listener.received(frame.data)
+        elif kind is WSMsgType.CLOSE:
             self._close_received(frame.data)
         elif self.deaf or kind is WSMsgType.PONG:
             pass
-        elif kind is WSMsgType.TEXT:
-            self._listener.received(frame.data)
         elif kind is WSMsgType.PING:
             self.write(pong_frame(frame.data))
         else:

@@ -8,7 +8,9 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Protocol
+
+import msgspec
 
 from tollerchat.config import Config
 from tollerchat.errors import ChannelLocked, ChatError, Unavailable
@@ -45,7 +47,7 @@ class Sender(Protocol):
     def answer(self) -> None: ...  # now: what was stored has been broadcast
 
 
-class Submission(NamedTuple):
+class Submission(msgspec.Struct):
     message: NewMessage
     sender: Sender
     deadline: float  # by time.monotonic(); after it, it is not tried again
@@ -150,11 +152,10 @@ class MessageWriter:
                     behind += ready[n:]
                     break
                 message = submission.message
-                key = (message.user_id, message.nonce)
-                if key in nonces:  # the second waits for the first
-                    behind.append(submission)
-                    continue
                 if message.nonce is not None:
+                    if (key := (message.user_id, message.nonce)) in nonces:  # the second waits for the first
+                        behind.append(submission)
+                        continue
                     nonces.add(key)
                 batch.append(submission)
                 size += len(message.content)
@@ -257,20 +258,21 @@ class MessageWriter:
         senders: dict[Sender, None] = {}
         committed: dict[int, list[Saved]] = {}
         for submission, result in zip(batch, results, strict=True):
-            if isinstance(result, Unavailable) and result.sent:
-                self._hub.in_doubt.set()  # it may be stored
             if isinstance(result, Saved):
                 submission.sender.stored(result, submission.message.nonce)
                 committed.setdefault(result.message.channel_id, []).append(result)
-            elif self._may_retry(submission, result):
+                senders[submission.sender] = None
+                continue
+            if isinstance(result, Unavailable) and result.sent:
+                self._hub.in_doubt.set()  # it may be stored
+            if self._may_retry(submission, result):
                 self._parked.setdefault(submission.message.channel_id, []).append(submission)
                 self._count += 1
                 if isinstance(result, ChannelLocked):
                     self._locked.add(submission.message.channel_id)
-                continue
             else:
                 submission.sender.refused(result, submission.message)
-            senders[submission.sender] = None
+                senders[submission.sender] = None
         try:
             for channel_id, saved in committed.items():
                 self._hub.broadcast(channel_id, saved)
