@@ -46,6 +46,7 @@ class Connection(aiopg.Connection):
 
     _deadline = math.inf  # loop time, of the query
     _ended = False
+    _fileno: int
     _cursor: Any = None  # psycopg2's: of aiopg's there would be one more for each query
 
     async def query(self, sql: str | bytes, parameters: Any = None) -> list[tuple[Any, ...]]:
@@ -79,7 +80,7 @@ class Connection(aiopg.Connection):
                 waiter.set_result(None)
             else:
                 waiter.set_exception(error)
-        if conn.closed:
+        if conn.closed or conn.fileno() != self._fileno:
             self.close()  # now: its descriptor may soon be another's, and must not be watched
         elif (state == POLL_WRITE) is not self._writing:
             self._watch_for_writing(state == POLL_WRITE)
@@ -87,9 +88,9 @@ class Connection(aiopg.Connection):
     def _watch_for_writing(self, wanted: bool) -> None:
         self._writing = wanted
         if wanted:
-            self._loop.add_writer(self._conn.fileno(), self._ready, self._weakref)
+            self._loop.add_writer(self._fileno, self._ready, self._weakref)
         else:
-            self._loop.remove_writer(self._conn.fileno())
+            self._loop.remove_writer(self._fileno)
 
     async def _poll(self, waiter: "asyncio.Future[None]", timeout: float) -> None:
         self._ready(self._weakref)
