@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import random
 
 import psycopg2
 import pytest
@@ -89,6 +90,49 @@ async def test_statements_that_were_planned_for_small_tables_stay_quick_as_they_
         repository.close()
     await until(lambda: database.execute(_CONNECTED) == [(0,)] and database.execute(_READ)[0][1] > scans)
     assert database.execute(_READ)[0][0] - before < OTHERS / 100
+
+
+@pytest.mark.parametrize("conforming", ["on", "off"])
+async def test_any_text_is_stored_as_it_is(config, database, conforming):
+    """Quoted in whatever way, and whatever the database's default for what a backslash means."""
+    with contextlib.suppress(psycopg2.Error):  # later versions of PostgreSQL know but one
+        database.execute(
+            "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET standard_conforming_strings = "
+            f"{conforming}', current_database()); END $$"
+        )
+    pieces = (
+        "'",
+        "''",
+        '"',
+        "\\",
+        "\\'",
+        "\\u0027",
+        "$$",
+        "%s",
+        "%%",
+        "{",
+        "}",
+        ";",
+        "--",
+        "/*",
+        "E'",
+        "\x7f",
+        "é",
+    )
+    rng = random.Random(1129)
+    texts = ["".join(rng.choices(pieces, k=rng.randint(1, 12))) for _ in range(300)]
+    repository = Repository(config)
+    await repository.open()
+    try:
+        batch = [NewMessage(1, 1, text, f"{n}{text}") for n, text in enumerate(texts)]
+        results = await repository.save_messages(batch, {})
+        again = await repository.save_messages(batch, {})
+    finally:
+        repository.close()
+    rows = database.execute("SELECT content, nonce FROM messages ORDER BY id")
+    assert rows == [(new.content, new.nonce) for new in batch]
+    assert [result.message for result in again] == [result.message for result in results]
+    assert all(result.repeated for result in again)
 
 
 async def test_query_that_is_cut_off_by_the_end_does_not_connect_again(config, database):
