@@ -1,6 +1,7 @@
 """What a room must not be misled by while it reads the log: moments too short for the tests with a database."""
 
 import asyncio
+import types
 
 import pytest
 
@@ -219,3 +220,48 @@ async def test_wrong_hint_does_not_hide_what_is_announced_while_it_is_read_for(a
     await until(lambda: room.head == 3)
     await until(lambda: room.catching_up is None)
     assert log.readings == 3
+
+
+class Listener:
+    """A client of a room; what is done for it is added to `order`."""
+
+    def __init__(self, name, order, *, lags=False):
+        self._name, self._order, self._lags = name, order, lags
+        self.outbox = None
+
+    def deliver(self, page, written):
+        self._order.append((self._name, page.blob[written:]))
+        return not self._lags
+
+    def fall_behind(self, cursor):
+        self._order.append((self._name, cursor))
+
+    def descriptor_changed(self):
+        self._order.append((self._name, "ready"))
+
+
+async def test_those_who_may_wait_for_acks_are_served_first_and_everybody_once(monkeypatch):
+    order, taken = [], {3: None, 4: 10, 5: OSError}
+
+    def write(descriptor, data):
+        order.append((descriptor, data))
+        if taken[descriptor] is OSError:
+            raise BlockingIOError
+        return taken[descriptor] or len(data)
+
+    monkeypatch.setattr("tollerchat.room.os", types.SimpleNamespace(write=write))
+    room = Room(1, Log(1), 50)
+    await room.load()
+    names = {"reads": 3, "reads some": 4, "full": 5, "sends": -1, "lags": -1}
+    clients = {name: Listener(name, order, lags=name == "lags") for name in names}
+    room.live = {clients[name]: descriptor for name, descriptor in names.items()}
+    room.begin_commit()
+    room.commit([Saved(message(2), repeated=False, previous=1)])
+    room.end_commit()
+    blob = room.tail.since(1).blob
+    assert order == [
+        ("sends", blob), ("lags", blob), ("lags", 1),
+        (3, blob), (4, blob), (5, blob), ("reads some", blob[10:]), ("full", blob),
+        ("sends", "ready"), ("lags", "ready"),
+    ]  # fmt: skip
+    assert [name for name in names if clients[name] in room.live] == ["reads", "reads some", "full", "sends"]

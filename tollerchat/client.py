@@ -279,7 +279,6 @@ class Client:
             return False
         if data := self._others(page)[written:]:
             websocket.write(data)
-        self._room.live[self] = self._descriptor()
         return True
 
     def descriptor_changed(self) -> None:

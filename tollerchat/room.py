@@ -258,24 +258,32 @@ class Room:
             return
         self.tail.extend(page)
         self._tell_progress()
-        rest = []  # those who are not done with one call of the system, and how many bytes they got by it
+        busy = [client for client, descriptor in self.live.items() if descriptor < 0]
+        for client in busy:  # first, for most of them wait for their acks
+            self._deliver(client, page, 0, before)
+        incomplete = []
         blob, size, write = page.blob, len(page.blob), os.write
         for client, descriptor in self.live.items():
-            try:
-                if descriptor < 0:
-                    rest.append((client, 0))
-                elif (written := write(descriptor, blob)) < size:
-                    rest.append((client, written))
-            except OSError:  # it is full, or broken: the transport will see which
-                rest.append((client, 0))
-        for client, written in rest:
-            try:
-                if not client.deliver(page, written):
-                    self.live.pop(client, None)
-                    client.fall_behind(before)
-            except Exception:  # the rows are stored: one bad connection must not keep them from the others
-                logger.exception("channel %d: a connection failed and was aborted", self.channel_id)
-                client.abort()
+            if descriptor >= 0:
+                try:
+                    written = write(descriptor, blob)
+                except OSError:  # it is full, or broken: the transport will see which
+                    written = 0
+                if written < size:
+                    incomplete.append((client, written))
+        for client, written in incomplete:
+            self._deliver(client, page, written, before)
+        for client in busy:
+            client.descriptor_changed()
+
+    def _deliver(self, client: Client, page: Page, written: int, before: int) -> None:
+        try:
+            if not client.deliver(page, written):
+                self.live.pop(client, None)
+                client.fall_behind(before)
+        except Exception:  # the rows are stored: one bad connection must not keep them from the others
+            logger.exception("channel %d: a connection failed and was aborted", self.channel_id)
+            client.abort()
 
     # -- reading it --------------------------------------------------------------------------------
 
