@@ -279,6 +279,7 @@ class Client:
             return False
         if data := self._others(page)[written:]:
             websocket.write(data)
+        self.descriptor_changed()
         return True
 
     def descriptor_changed(self) -> None:

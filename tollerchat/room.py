@@ -258,32 +258,24 @@ class Room:
             return
         self.tail.extend(page)
         self._tell_progress()
-        busy = [client for client, descriptor in self.live.items() if descriptor < 0]
-        for client in busy:  # first, for most of them wait for their acks
-            self._deliver(client, page, 0, before)
-        incomplete = []
+        lagging = []
         blob, size, write = page.blob, len(page.blob), os.write
         for client, descriptor in self.live.items():
-            if descriptor >= 0:
-                try:
-                    written = write(descriptor, blob)
-                except OSError:  # it is full, or broken: the transport will see which
-                    written = 0
-                if written < size:
-                    incomplete.append((client, written))
-        for client, written in incomplete:
-            self._deliver(client, page, written, before)
-        for client in busy:
-            client.descriptor_changed()
-
-    def _deliver(self, client: Client, page: Page, written: int, before: int) -> None:
-        try:
-            if not client.deliver(page, written):
-                self.live.pop(client, None)
-                client.fall_behind(before)
-        except Exception:  # the rows are stored: one bad connection must not keep them from the others
-            logger.exception("channel %d: a connection failed and was aborted", self.channel_id)
-            client.abort()
+            written = 0
+            try:
+                if descriptor >= 0 and (written := write(descriptor, blob)) == size:
+                    continue
+            except OSError:  # it is full, or broken: the transport will see which
+                pass
+            try:
+                if not client.deliver(page, written):
+                    lagging.append(client)
+            except Exception:  # the rows are stored: one bad connection must not keep them from the others
+                logger.exception("channel %d: a connection failed and was aborted", self.channel_id)
+                client.abort()
+        for client in lagging:
+            self.live.pop(client, None)
+            client.fall_behind(before)
 
     # -- reading it --------------------------------------------------------------------------------
 
