@@ -68,6 +68,12 @@ def test_one_that_does_not_answer_is_aborted_in_time(client, connection):
     assert connection.pings == 1
 
 
+def test_one_that_was_heard_just_before_it_was_asked_has_its_time(client, connection):
+    connection.heard_at = 53.5
+    assert 113 < look(client, connection, until=200, answers=False) <= 115
+    assert connection.pings == 1
+
+
 def test_one_that_was_not_asked_is_not_dead(client, connection):
     """The server stood still when the time came."""
     client.check(40, 0.0)

@@ -180,20 +180,21 @@ class Client:
             self.due = min(now + interval, self._keep_alive(now, websocket))
 
     def _keep_alive(self, now: float, websocket: WebSocket) -> float:
-        """Ping if it is time to, abort if the last ping was not answered; returns when to look again.
+        """Ping if it is time to, abort if it was silent for too long; returns when to look again.
 
         Silence alone says nothing: a server that stood still for a while has not asked.
         """
-        patience = self._config.pong_timeout - self._config.ping_interval
+        timeout, patience = self._config.pong_timeout, self._config.pong_timeout - self._config.ping_interval
         if websocket.heard_at >= self._pinged_at:
             if now < self._next_ping:
                 return self._next_ping
             self._pinged_at, self._next_ping = now, now + self._config.ping_interval
             self.offer(PING_FRAME)
-        elif now > self._pinged_at + patience:
-            logger.info("user %d has not answered a ping for %s s: aborted", self.user_id, patience)
+        dead_at = max(websocket.heard_at + timeout, self._pinged_at + patience)
+        if now > dead_at:
+            logger.info("user %d gave no sign of life for %s s: aborted", self.user_id, timeout)
             self.abort()
-        return self._pinged_at + patience
+        return dead_at
 
     # -- from the client ---------------------------------------------------------------------------
 
