@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import random
 import time
 
@@ -551,6 +552,27 @@ async def test_truncation_closes_with_1001_and_ids_may_start_again(server, datab
     assert (history, missed) == ([], [])
     await alice.send("new", nonce="n")
     assert (await bob.receive())["message_id"] == 1
+
+
+async def test_truncation_while_nobody_listened_is_found(serve, config, database):
+    """Else what is new would have ids that all have passed, and reach nobody."""
+    async with Proxy(database.url) as proxy:
+        server = await serve(dataclasses.replace(config, db_url=proxy.url))
+        await until(lambda: server.app[hub_key].access.remembers)  # it listens
+        alice, _ = await server.join(1)
+        await alice.send("old", nonce="old")
+        assert (await alice.receive())["message_id"] == 1
+        proxy.down = True
+        await proxy.cut()
+        await until(lambda: not server.app[hub_key].access.remembers)
+        database.execute("TRUNCATE messages RESTART IDENTITY")
+        proxy.down = False
+        assert await alice.closed() == 1001
+        (alice, _), (bob, history) = await server.join(1), await server.join(2)
+        assert history == []
+        await alice.send("new", nonce="new")
+        assert (await alice.receive())["message_id"] == 1
+        assert (await bob.receive())["content"] == "new"
 
 
 async def test_one_who_is_slow_to_leave_does_not_keep_what_was_truncated(server, database):
