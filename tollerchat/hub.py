@@ -171,7 +171,7 @@ class Hub:
     async def resync(self) -> None:
         """Find all that no notification told, after some may have been lost. Raises `Unavailable`."""
         head = max((room.head for room in self.rooms.values()), default=0)
-        if head > await self._repository.last_id():
+        if head and head > await self._repository.last_id():
             self.truncated()  # and ids started again
         for room in self.rooms.values():
             room.forget()
