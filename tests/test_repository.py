@@ -64,7 +64,11 @@ async def test_statements_that_were_planned_for_small_tables_stay_quick_as_they_
     async def use_all(n):
         await asyncio.gather(  # both sessions of the saver
             *(
-                repository.save_messages([NewMessage(channel_id, 1, "x", f"{n}")], {channel_id: 0})
+                repository.save_messages(
+                    [NewMessage(channel_id, 1, "x", f"{n} {size} {each}") for each in range(size)],
+                    {channel_id: 0},
+                )
+                for size in (1, 2)
                 for channel_id in (1, 2)
             )
         )
@@ -125,12 +129,16 @@ async def test_any_text_is_stored_as_it_is(config, database, conforming):
     await repository.open()
     try:
         batch = [NewMessage(1, 1, text, f"{n}{text}") for n, text in enumerate(texts)]
+        alone = [batch.pop() for _ in range(100)]
         results = await repository.save_messages(batch, {})
         again = await repository.save_messages(batch, {})
+        for new in alone:
+            results += await repository.save_messages([new], {})
+            again += await repository.save_messages([new], {})
     finally:
         repository.close()
     rows = database.execute("SELECT content, nonce FROM messages ORDER BY id")
-    assert rows == [(new.content, new.nonce) for new in batch]
+    assert rows == [(new.content, new.nonce) for new in batch + alone]
     assert [result.message for result in again] == [result.message for result in results]
     assert all(result.repeated for result in again)
 

@@ -28,7 +28,8 @@ class Database(Saver):
         self.attempts.append([int(number) for number in array.split(b",")])
         if (answer := self._answers.pop(0)) is not None:
             raise answer
-        return [(n + 1, None, None, "") for n in range(sql.count(b'"content"'))]
+        stored = 1 if b"save_one" in sql else sql.count(b'"content"')
+        return [(n + 1, None, "", None) for n in range(stored)]
 
 
 def batch(*channel_ids):
