@@ -59,6 +59,15 @@ def test_sender_is_busy_while_its_message_may_be_stored_after_all(outbox, nonce)
     assert outbox.idle
 
 
+def test_sender_is_idle_again_when_its_message_can_not_come_any_more(outbox, monkeypatch):
+    monkeypatch.setattr("tollerchat.outbox.RECOGNISED_FOR", 0)
+    outbox.sent("x", None, 4)
+    outbox.refused(Unavailable("no answer", sent=True), NewMessage(1, 1, "x", None))
+    outbox.answer()
+    assert outbox.others(page(5)) == page(5).blob
+    assert outbox.idle
+
+
 @pytest.mark.parametrize("nonce", ["n", None])
 def test_sender_whose_message_was_refused_is_idle_again(outbox, nonce):
     outbox.sent("x", nonce, 4)

@@ -173,6 +173,8 @@ class Outbox:
     def others(self, page: Page) -> bytes:
         """The frames of a page, with answers in place of its own ones; the cursor passes them."""
         self._cursor = page.cursor
+        if self._nameless and time.monotonic() >= self._nameless[0][1]:
+            self._nameless.pop(0)
         own, answers = self.own, self._answers
         if not own and not answers:
             return page.blob
