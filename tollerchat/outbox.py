@@ -163,18 +163,24 @@ class Outbox:
 
     def _was_nameless(self, content: str) -> bool:
         """Whether it sent this without a nonce, and does not know what became of it; asked once."""
-        now = time.monotonic()
+        self._drop_expired()
         for each in self._nameless:
-            if each[0] == content and now < each[1]:
+            if each[0] == content:
                 self._nameless.remove(each)
                 return True
         return False
 
+    def _drop_expired(self) -> None:
+        """Messages of unknown fate that came up in the log would have done so by now."""
+        now = time.monotonic()
+        while self._nameless and self._nameless[0][1] <= now:
+            self._nameless.pop(0)
+
     def others(self, page: Page) -> bytes:
         """The frames of a page, with answers in place of its own ones; the cursor passes them."""
         self._cursor = page.cursor
-        if self._nameless and time.monotonic() >= self._nameless[0][1]:
-            self._nameless.pop(0)
+        if self._nameless:
+            self._drop_expired()
         own, answers = self.own, self._answers
         if not own and not answers:
             return page.blob
