@@ -148,6 +148,10 @@ class Cluster:
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
+def _unix_sockets(proc):
+    return {f"socket:[{line.split()[6]}]" for line in (proc / "net/unix").read_text().splitlines()[1:]}
+
+
 class ServerProcess:
     """`python -m tollerchat` as a process of its own. It keeps its port over restarts.
 
@@ -210,12 +214,12 @@ class ServerProcess:
     def descriptors(self):
         """How many it has open, but for Unix sockets: those are the pool of the database."""
         proc = Path(f"/proc/{self._process.pid}")
-        unix = {f"socket:[{line.split()[6]}]" for line in (proc / "net/unix").read_text().splitlines()[1:]}
-        count = 0
+        before, links = _unix_sockets(proc), []
         for descriptor in (proc / "fd").iterdir():
             with contextlib.suppress(FileNotFoundError):
-                count += os.readlink(descriptor) not in unix
-        return count
+                links.append(os.readlink(descriptor))
+        unix = before | _unix_sockets(proc)  # some came or went meanwhile
+        return sum(link not in unix for link in links)
 
     def queued(self, clients):
         """For each client: bytes on their way to it, in the kernel's buffers on both sides."""
