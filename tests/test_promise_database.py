@@ -236,6 +236,29 @@ async def test_shutdown_is_over_in_time_while_frozen(cluster, room, process, ses
     assert await wind_up(room[0], process, session, db_url) is None
 
 
+async def test_shutdown_answers_what_waits_while_frozen(cluster, db_url, session):
+    """Also where the first try fails so late that another one has no time."""
+    settings = {"db_timeout": 2, "store_timeout": 8, "shutdown_timeout": 4}
+    async with running(db_url, **settings) as process:
+        headers = {"Authorization": f"Bearer {token(1)}"}
+        url = f"{process.url}/ws/channel/1"
+        async with session.ws_connect(url, headers=headers, protocols=["tollerchat.v1"]) as socket:
+            await socket.send_json({"type": "message", "content": "connects"})
+            while (await socket.receive_json(timeout=WAIT))["type"] != "ack":
+                pass
+            cluster.freeze()
+            try:
+                await socket.send_json({"type": "message", "content": "stuck", "nonce": "n"})
+                await asyncio.sleep(1.2)  # of the two that the first try takes
+                process.signal(15)
+                frame = await socket.receive_json(timeout=WAIT)
+                assert (frame["code"], frame["nonce"]) == ("unavailable", "n")
+                assert (await socket.receive(timeout=WAIT)).data == 1001
+                assert await in_thread(process.wait) == 0
+            finally:
+                cluster.thaw()
+
+
 async def test_database_without_free_connections(cluster, room, process, session, db_url):
     taken = []
     try:

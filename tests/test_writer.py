@@ -257,6 +257,17 @@ async def test_at_the_end_nothing_begins_that_is_not_in_time(desk):
     assert set(desk.sender.told) == {*"abcde", ("f", "unavailable")}
 
 
+async def test_at_the_end_a_try_that_takes_too_long_is_given_up(desk):
+    desk.submit(1, "a")
+    await desk.batches(["a"])
+    flushed = asyncio.create_task(desk.writer.flush(0.5))
+    await asyncio.sleep(0)
+    desk.repository.answer(but={"a": Unavailable("down")}.items())
+    await desk.batches(["a"])  # and never an answer
+    await asyncio.wait_for(flushed, WAIT)
+    assert desk.sender.told == [("a", "unavailable")]
+
+
 async def test_error_while_answering_does_not_end_the_writer(desk):
     desk.submit(1, "a")
     await desk.batches(["a"])

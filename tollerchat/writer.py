@@ -77,7 +77,8 @@ class MessageWriter:
         self._resting: list[asyncio.Future[None]] = []  # lanes without work
         self._flushed: asyncio.Future[None] | None = None  # for flush()
         self._closed = False
-        self._last_try = math.inf  # by time.monotonic(); after it, nothing is tried any more
+        # By time.monotonic(): when nothing is tried any more, and when the last try is over.
+        self._last_try = self._end = math.inf
 
     def submit(self, message: NewMessage, sender: Sender) -> None:
         """Queue a message. Raises `Unavailable` where it cannot wait; else the sender is told in time."""
@@ -96,10 +97,12 @@ class MessageWriter:
     async def flush(self, timeout: float) -> None:
         """Take nothing more, and wait until all that was taken has its answer.
 
-        After `timeout` seconds nothing is tried any more: the answer is `Unavailable` then.
+        After half of `timeout` seconds nothing is tried any more: the answer is `Unavailable` then. It takes longer
+        only where a try that began before takes its whole `db_timeout`.
         """
         self._closed = True
-        self._last_try = time.monotonic() + timeout
+        now = time.monotonic()
+        self._last_try, self._end = now + timeout / 2, now + timeout
         self._flushed = asyncio.get_running_loop().create_future()
         self._tell_if_idle()
         await self._flushed
@@ -191,7 +194,12 @@ class MessageWriter:
     async def _save(self, messages: Sequence[NewMessage], rooms: Iterable[Room]) -> list[SaveResult]:
         try:
             heads = {room.channel_id: room.head for room in rooms}
-            return await self._repository.save_messages(messages, heads)
+            saving = self._repository.save_messages(messages, heads)
+            if self._closed:
+                return await asyncio.wait_for(saving, self._end - time.monotonic())
+            return await saving
+        except asyncio.TimeoutError:
+            return [Unavailable("the server is shutting down", sent=True)] * len(messages)
         except Unavailable as exc:
             logger.warning("%d messages are not stored yet: %s", len(messages), exc)
             return [exc] * len(messages)
