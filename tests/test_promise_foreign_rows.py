@@ -15,6 +15,7 @@ from tests.raw_client import RawClient
 from tests.support import SECRET, WAIT, Template, psql, until
 from tollerchat import Config, bus
 from tollerchat.app import hub_key, repository_key
+from tollerchat.database import read_schema
 
 pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])
 
@@ -573,6 +574,39 @@ async def test_truncation_while_nobody_listened_is_found(serve, config, database
         await alice.send("new", nonce="new")
         assert (await alice.receive())["message_id"] == 1
         assert (await bob.receive())["content"] == "new"
+
+
+async def test_truncation_that_was_not_heard_of_is_found_whatever_follows(server, database):
+    """Else those new ids that have been passed before would reach nobody."""
+    await until(lambda: server.app[hub_key].access.remembers)  # it listens
+    old = database.insert("old", "older", "oldest")
+    bob, _ = await server.join(2)
+    database.execute("ALTER TABLE messages DISABLE TRIGGER tollerchat_truncated")
+    database.execute("TRUNCATE messages RESTART IDENTITY")
+    assert max(database.insert("new", "newer", "newest", "the one behind")) > max(old)
+    await server.app[hub_key].compare_with_log()
+    assert await bob.closed() == 1001
+    _, history = await server.join(2)
+    assert [frame["content"] for frame in history] == ["new", "newer", "newest", "the one behind"]
+
+
+async def test_truncation_closes_only_once(server, database):
+    await until(lambda: server.app[hub_key].access.remembers)  # it listens
+    early, _ = await server.join(1)
+    database.execute("TRUNCATE messages RESTART IDENTITY")
+    assert await early.closed() == 1001
+    bob, _ = await server.join(2)
+    await server.app[hub_key].resync()
+    (new,) = database.insert("new")
+    assert (await bob.receive())["message_id"] == new
+
+
+async def test_schema_that_is_applied_again_closes_nothing(server, database):
+    bob, _ = await server.join(2)
+    database.execute(read_schema())
+    await server.app[hub_key].resync()
+    database.insert("new")
+    assert (await bob.receive())["content"] == "new"
 
 
 async def test_one_who_is_slow_to_leave_does_not_keep_what_was_truncated(server, database):

@@ -81,6 +81,7 @@ class FakeRepository:
         self.orphans = []  # given up by whoever asked, but they may run yet
         self.notifications = []  # ("grown", id) or ("changed", 0)
         self._last_id = 0
+        self._restarted = False
 
     # What the test does
 
@@ -99,6 +100,7 @@ class FakeRepository:
         for each in (self.rows, self.deleted, self.notifications):
             each.clear()
         self._last_id = 0
+        self._restarted = True
 
     def advance(self, position, outcome):
         """Take one query a step further."""
@@ -133,6 +135,10 @@ class FakeRepository:
 
     async def nth_newest_id(self, channel_id, after, until, n):
         return None  # MAX_REPLAY is more than this test has
+
+    async def ids_restarted(self):
+        restarted, self._restarted = self._restarted, False
+        return restarted
 
     async def newest_ids(self, channel_ids):
         return await self._ask(lambda: {1: self._newest()})
@@ -465,11 +471,14 @@ class Channel(RuleBasedStateMachine):
         self.repository.delete(positions[self.pick(positions, data)])
 
     @precondition(lambda self: self.count > 10)
-    @rule()
-    def truncate(self):
+    @rule(heard=st.booleans())
+    def truncate(self, heard):
         """Ids start again; what is on its way is of the old log. Only who comes from now on has promises."""
         self.repository.truncate()
-        self.loop.call_soon(self.hub.truncated)
+        if heard:
+            self.tasks.append(self.loop.create_task(self.hub.truncated()))
+        else:
+            self.compare_with_log()
         self.spin()
         for peer in self.peers:
             peer.hang_up()

@@ -103,6 +103,27 @@ def test_sequence_that_hands_out_ids_in_lots_is_mended(database):
     ) == [(1, 1, False)]
 
 
+async def test_rows_that_brought_their_ids_do_not_hide_what_is_new(database, serve, config):
+    database.execute(
+        "SET session_replication_role = replica;"  # no triggers, as in a restore
+        "INSERT INTO messages (id, channel_id, user_id, content) VALUES (1000, 1, 1, 'restored');"
+        "RESET session_replication_role"
+    )
+    database.execute(read_schema())
+    server = await serve(config)
+    bob, history = await server.join(2)
+    assert [frame["message_id"] for frame in history] == [1000]
+    assert database.insert("new") > [1000]
+    assert (await bob.receive())["content"] == "new"
+
+
+def test_sequence_that_is_ahead_of_the_rows_stays_there(database):
+    gone = database.insert("gone")
+    database.execute("DELETE FROM messages")
+    database.execute(read_schema())
+    assert database.insert("new") > gone
+
+
 def test_database_that_is_not_in_utf8_is_refused(database):
     """Its text could not be read back, or not be compared."""
     name = f"latin_{uuid.uuid4().hex}"

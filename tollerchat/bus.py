@@ -138,4 +138,4 @@ class PostgresBus:
         elif verb == "user":
             self._hub.user_deleted(int(arguments[0]))
         elif verb == "truncated":
-            self._hub.truncated()
+            await self._hub.truncated()

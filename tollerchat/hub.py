@@ -121,6 +121,8 @@ class Hub:
 
     async def compare_with_log(self) -> None:
         """Find what no hint told: compare all rooms with the log. Raises `Unavailable`."""
+        if await self._repository.ids_restarted():
+            self._restart()
         if self.rooms:
             for channel_id, newest in (await self._repository.newest_ids(self.rooms)).items():
                 self.hint(channel_id, newest)
@@ -130,8 +132,13 @@ class Hub:
         if room := self.rooms.get(channel_id):
             room.forget()
 
-    def truncated(self) -> None:
-        """A table was emptied, and ids may start again: everybody has to, too."""
+    async def truncated(self) -> None:
+        """A table was emptied. Raises `Unavailable`."""
+        await self._repository.ids_restarted()  # if they were, it is not to be found again
+        self._restart()
+
+    def _restart(self) -> None:
+        """Ids may have started again: everybody has to, too."""
         self.access.forget()
         for client in self._clients():
             client.close(CloseCode.GOING_AWAY, "the database was emptied: connect again")
@@ -170,9 +177,6 @@ class Hub:
 
     async def resync(self) -> None:
         """Find all that no notification told, after some may have been lost. Raises `Unavailable`."""
-        head = max((room.head for room in self.rooms.values()), default=0)
-        if head and head > await self._repository.last_id():
-            self.truncated()  # and ids started again
         for room in self.rooms.values():
             room.forget()
         await self.check_access(self.rooms)

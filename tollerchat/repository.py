@@ -36,11 +36,8 @@ _NEWEST = """
         ORDER BY channel_id DESC, id DESC LIMIT 1
     ) FROM unnest(%s::int[]) AS asked (channel_id)"""
 
-# Nothing where it cannot be told: by a role that may take ids, but not look at them.
-_LAST_ID = """
-    SELECT coalesce(pg_sequence_last_value(sequence), 0)
-    FROM (SELECT pg_get_serial_sequence('messages', 'id')::regclass AS sequence) AS asked
-    WHERE has_sequence_privilege(sequence, 'USAGE, SELECT')"""
+# Of the sequence that ids come from: the file it is in, which is another one as soon as they start again.
+_SEQUENCE_FILE = "SELECT pg_relation_filenode(pg_get_serial_sequence('messages', 'id')::regclass)::bigint"
 
 # What is asked whenever somebody joins is planned once for each connection: planning costs more than the answer.
 # The tables may be small then, and grow: LIMIT keeps the planner from joins that read all of one.
@@ -60,7 +57,8 @@ _PREPARE = f"""
             WHERE channel_id = asked.channel_id AND user_id = asked.user_id LIMIT 1
         )
     FROM unnest($1, $2) AS asked (channel_id, user_id)
-    LEFT JOIN LATERAL (SELECT id, is_private FROM channels WHERE id = asked.channel_id LIMIT 1) AS channel ON true"""
+    LEFT JOIN LATERAL (SELECT id, is_private FROM channels WHERE id = asked.channel_id LIMIT 1) AS channel ON true;
+    {_SEQUENCE_FILE}"""
 
 
 class Repository:
@@ -75,13 +73,14 @@ class Repository:
         self._config = config
         self._saver: Saver | None = None
         self._readers: Sessions | None = None
+        self._sequence_file: int | None = None
 
     async def open(self) -> None:
         """Get ready to connect. It connects when first used: a database that is away now may come back."""
         # Here, because processes may be forked from one that has the parts. Not 0: that lock is for all servers.
         self.server_id = 1 + secrets.randbelow(MAX_ID)
         self._saver = Saver(self._config, self.watch, self.server_id)
-        self._readers = Sessions(self._config, self.watch, self._config.db_pool_size, _prepare)
+        self._readers = Sessions(self._config, self.watch, self._config.db_pool_size, self._prepare)
 
     def close(self) -> None:
         """Close all connections."""
@@ -89,6 +88,11 @@ class Repository:
             self._saver.close()
         if self._readers is not None:
             self._readers.close()
+
+    async def _prepare(self, connection: Connection) -> None:
+        ((sequence_file,),) = await connection.query(_PREPARE)
+        if self._sequence_file is None:  # nothing was read before
+            self._sequence_file = sequence_file
 
     # -- channels and users ------------------------------------------------------------------------
 
@@ -147,10 +151,11 @@ class Repository:
         rows = await self._read(_NEWEST, (MAX_BIGINT, list(channel_ids)))
         return {channel_id: newest or 0 for channel_id, newest in rows}
 
-    async def last_id(self) -> int:
-        """The last id that a message of any channel was given since ids started; if unknown, the greatest there is."""
-        rows = await self._read(_LAST_ID, ())
-        return rows[0][0] if rows else MAX_BIGINT
+    async def ids_restarted(self) -> bool:
+        """Whether ids have started again, since this was asked before or since the log was first read."""
+        rows = await self._read(_SEQUENCE_FILE, ())
+        before, self._sequence_file = self._sequence_file, rows[0][0]
+        return before != self._sequence_file
 
     async def _read(self, sql: str, parameters: Any) -> list[tuple[Any, ...]]:
         assert self._readers is not None, "open() was not awaited"
@@ -187,7 +192,3 @@ class Repository:
         """
         assert self._saver is not None, "open() was not awaited"
         return self._saver.save(batch, heads)
-
-
-async def _prepare(connection: Connection) -> None:
-    await connection.query(_PREPARE)

@@ -55,10 +55,11 @@ DECLARE
         SELECT jsonb_object_agg(attname, format_type(atttypid, NULL))
         FROM pg_attribute WHERE attrelid = 'messages'::regclass AND attnum > 0 AND NOT attisdropped
     );
+    sequence CONSTANT text := pg_get_serial_sequence('messages', 'id');
 BEGIN
     IF type_of ->> 'id' = 'integer' THEN
         ALTER TABLE messages ALTER COLUMN id TYPE BIGINT;
-        EXECUTE format('ALTER SEQUENCE %s AS BIGINT', pg_get_serial_sequence('messages', 'id'));
+        EXECUTE format('ALTER SEQUENCE %s AS BIGINT', sequence);
     END IF;
     IF type_of ->> 'created_at' = 'timestamp without time zone' THEN
         ALTER TABLE messages ALTER COLUMN created_at TYPE TIMESTAMPTZ USING created_at AT TIME ZONE 'UTC';
@@ -67,8 +68,14 @@ BEGIN
         ALTER TABLE messages ADD COLUMN nonce TEXT;
     END IF;
 
-    -- Ids that a session keeps for later would come after greater ones.
-    EXECUTE format('ALTER SEQUENCE %s INCREMENT 1 CACHE 1 NO CYCLE', pg_get_serial_sequence('messages', 'id'));
+    -- Ids that a session keeps for later would come after greater ones. Servers take an altered sequence for one that
+    -- starts again, so it is not altered without need.
+    IF EXISTS (
+        SELECT FROM pg_sequence WHERE seqrelid = sequence::regclass
+        AND (seqincrement <> 1 OR seqcache <> 1 OR seqcycle)
+    ) THEN
+        EXECUTE format('ALTER SEQUENCE %s INCREMENT 1 CACHE 1 NO CYCLE', sequence);
+    END IF;
 
     -- A channel that has members was meant for them alone.
     IF NOT EXISTS (
@@ -197,5 +204,17 @@ CREATE OR REPLACE TRIGGER tollerchat_truncated AFTER TRUNCATE ON channel_users
     FOR EACH STATEMENT EXECUTE FUNCTION tollerchat_truncated();
 CREATE OR REPLACE TRIGGER tollerchat_truncated AFTER TRUNCATE ON users
     FOR EACH STATEMENT EXECUTE FUNCTION tollerchat_truncated();
+
+-- Rows may have come with ids of their own, without the trigger, and what is new must have greater ones. Last, because
+-- nobody can take an id meanwhile: the triggers above have locked the table.
+DO $$
+DECLARE
+    sequence CONSTANT text := pg_get_serial_sequence('messages', 'id');
+    newest CONSTANT bigint := (SELECT max(id) FROM messages);
+BEGIN
+    IF newest > coalesce(pg_sequence_last_value(sequence::regclass), 0) THEN
+        PERFORM setval(sequence::regclass, newest);
+    END IF;
+END $$;
 
 COMMIT;
