@@ -15,6 +15,8 @@ import aiopg
 import psycopg2
 from psycopg2.extensions import POLL_OK, POLL_WRITE, make_dsn, parse_dsn
 
+from tollerchat.tasks import rest
+
 __all__ = ("FAILURES", "OPTIONS", "Connection", "ConnectionWatch", "connect", "distrust")
 
 logger = logging.getLogger("tollerchat.connection")
@@ -134,9 +136,9 @@ class Connection(aiopg.Connection):
 
     def check(self) -> None:
         """Close it if its socket is in error, or its query takes too long."""
-        if self._waiter is not None and self._loop.time() >= self._deadline:
-            if not self._waiter.done():
-                self._waiter.set_exception(asyncio.TimeoutError())
+        waiter = self._waiter
+        if waiter is not None and not waiter.done() and self._loop.time() >= self._deadline:
+            waiter.set_exception(asyncio.TimeoutError())
             self.close()
         elif not self.closed and _is_broken(self._conn.fileno()):
             self.close()  # whoever waits for it gets an OperationalError
@@ -266,7 +268,7 @@ class ConnectionWatch:
     async def run(self) -> None:
         """Look at all connections again and again, until cancelled."""
         while True:
-            await asyncio.sleep(WATCH_INTERVAL)
+            await rest(WATCH_INTERVAL)
             for connection in list(self._connections):
                 try:
                     connection.check()

@@ -15,7 +15,7 @@ from tollerchat.protocol import CloseCode
 from tollerchat.repository import Repository
 from tollerchat.room import Room
 from tollerchat.saving import Saved
-from tollerchat.tasks import end_tasks
+from tollerchat.tasks import end_tasks, rest
 
 if TYPE_CHECKING:
     from tollerchat.client import Client
@@ -192,10 +192,7 @@ class Hub:
         loop = asyncio.get_running_loop()
         tick = min(1.0, self._config.ping_interval / 4)
         while True:
-            await asyncio.sleep(tick)
-            await asyncio.sleep(
-                0.001
-            )  # after a standstill, what came meanwhile is read before anybody is judged
+            await rest(tick)
             now, unix_time = loop.time(), time.time()
             for client in [client for client in self._clients() if client.due <= now]:
                 try:

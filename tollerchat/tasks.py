@@ -1,11 +1,20 @@
-"""Ending tasks."""
+"""Tasks: how they rest, and how they end."""
 
 import asyncio
 from typing import Any, Final
 
-__all__ = ("end_tasks",)
+__all__ = ("end_tasks", "rest")
 
 AGAIN: Final = 0.2  # seconds
+
+
+async def rest(seconds: float) -> None:
+    """Sleep; and after a standstill, for as long as it takes to read what came meanwhile.
+
+    For those who judge others by their silence: uvloop runs timers before it reads.
+    """
+    await asyncio.sleep(seconds)
+    await asyncio.sleep(0.001)
 
 
 async def end_tasks(*tasks: "asyncio.Task[Any] | None") -> None:
