@@ -40,8 +40,8 @@ async def test_query_that_takes_too_long_is_given_up_with_its_connection(watched
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
 async def test_answer_that_came_while_the_server_stood_still_is_read_before_its_query_is_given_up(watched):
     conn, _ = watched
-    answer = asyncio.create_task(query(conn, "SELECT 1 FROM pg_sleep(0.3)", timeout=0.5))
-    stop = f"kill -STOP {os.getpid()}; sleep 0.7; kill -CONT {os.getpid()}"
+    answer = asyncio.create_task(query(conn, "SELECT 1 FROM pg_sleep(0.2)", timeout=1))
+    stop = f"kill -STOP {os.getpid()}; sleep 1.5; kill -CONT {os.getpid()}"
     process = await asyncio.create_subprocess_exec("sh", "-c", stop)
     assert await answer == [(1,)]
     assert await query(conn, "SELECT 2") == [(2,)]

@@ -1,10 +1,14 @@
 """When a sender may be written to like one who only listens: not while anything of its own is on its way."""
 
+import time
+
 import pytest
 
+from tests.support import until
+from tollerchat import outbox as outbox_module
 from tollerchat.app import hub_key
 from tollerchat.errors import InvalidContent, Unavailable
-from tollerchat.outbox import Outbox
+from tollerchat.outbox import LINGERS_FOR, Outbox
 from tollerchat.protocol import OutgoingMessage
 from tollerchat.saving import NewMessage, Saved
 from tollerchat.tail import encode_all, page_of
@@ -59,12 +63,25 @@ def test_sender_is_busy_while_its_message_may_be_stored_after_all(outbox, nonce)
     assert outbox.idle
 
 
-def test_sender_is_idle_again_when_its_message_can_not_come_any_more(outbox, monkeypatch):
-    monkeypatch.setattr("tollerchat.outbox.RECOGNISED_FOR", 0)
-    outbox.sent("x", None, 4)
-    outbox.refused(Unavailable("no answer", sent=True), NewMessage(1, 1, "x", None))
+@pytest.mark.parametrize("nonce", ["n", None])
+def test_sender_is_idle_again_when_its_message_can_not_come_any_more(outbox, nonce):
+    outbox.sent("x", nonce, 4)
+    outbox.refused(Unavailable("no answer", sent=True), NewMessage(1, 1, "x", nonce))
     outbox.answer()
-    assert outbox.others(page(5)) == page(5).blob
+    now = time.monotonic()
+    outbox.settle(now + LINGERS_FOR - 1)
+    assert not outbox.idle
+    outbox.settle(now + LINGERS_FOR + 1)
+    assert outbox.idle
+
+
+def test_sender_is_idle_again_when_its_message_was_stored_at_the_second_try(outbox):
+    for _ in range(2):
+        outbox.sent("x", "n", 4)
+        outbox.refused(Unavailable("no answer", sent=True), NewMessage(1, 1, "x", "n"))
+    outbox.sent("x", "n", 4)
+    outbox.stored(Saved(stored(5), repeated=False, previous=4), "n")
+    assert outbox.others(page(5)).count(b'"ack"') == 1
     assert outbox.idle
 
 
@@ -85,3 +102,29 @@ async def test_idle_sender_is_written_to_by_its_room(server):
     await bob.send("hi")
     assert (await alice.receive())["content"] == "hi"
     assert (await bob.receive())["type"] == "ack"
+
+
+async def test_what_was_lost_is_not_taken_for_the_same_text_of_another_connection(
+    serve, config, database, monkeypatch
+):
+    """Not for ever, at least: without a nonce, nothing else tells them apart."""
+    monkeypatch.setattr(outbox_module, "LINGERS_FOR", 0)
+    server, other = await serve(config), await serve(config)
+    phone, _ = await server.join(1)
+    laptop, _ = await other.join(1)
+    await phone.send("before")
+    assert [(await each.receive())["type"] for each in (phone, laptop)] == ["ack", "message"]
+    database.execute(
+        "CREATE FUNCTION stall() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(60); RETURN NEW; END';"
+        "CREATE TRIGGER stall BEFORE INSERT ON messages FOR EACH ROW EXECUTE FUNCTION stall()"
+    )
+    await phone.send("hi")
+    stuck = "FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
+    await until(lambda: database.execute(f"SELECT 1 {stuck}"))
+    database.execute(f"SELECT pg_terminate_backend(pid) {stuck}")
+    assert (await phone.receive())["code"] == "unavailable"
+    database.execute("DROP FUNCTION stall CASCADE")
+    await server.app[hub_key].compare_with_log()
+    await laptop.send("hi")
+    assert (await laptop.receive())["type"] == "ack"
+    assert (await phone.receive())["content"] == "hi"

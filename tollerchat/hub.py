@@ -124,8 +124,10 @@ class Hub:
         if await self._repository.ids_restarted():
             self._restart()
         if self.rooms:
+            now = time.monotonic()
             for channel_id, newest in (await self._repository.newest_ids(self.rooms)).items():
-                self.hint(channel_id, newest)
+                if room := self.rooms.get(channel_id):
+                    room.compared(newest, now)
 
     def forget(self, channel_id: int) -> None:
         """Messages of a channel were deleted or changed."""

@@ -15,8 +15,8 @@ from tollerchat.websocket import WebSocket
 
 __all__ = ("Outbox",)
 
-# Seconds in which a message without a nonce, whose answer was lost, may come up in the log after all.
-RECOGNISED_FOR: Final = 60.0
+# Seconds after a refusal, in which PostgreSQL may store the message after all: it had it, and its answer was lost.
+LINGERS_FOR: Final = 5.0
 
 
 class Outbox:
@@ -29,10 +29,10 @@ class Outbox:
     __slots__ = (
         "_answers",
         "_cursor",
+        "_doubts",
         "_in_flight",
         "_late",
         "_max_in_flight",
-        "_nameless",
         "_socket",
         "_unsettled",
         "_v1",
@@ -51,11 +51,12 @@ class Outbox:
         # and whether it is one that tells by its nonce which message it is of.
         self._answers: deque[tuple[int, bytes, bool]] = deque()
         self.own: set[int] = set()  # ids of its messages that its cursor has not passed yet
-        # Of its messages that may be stored, or may not: nonces, and hashes of the contents.
+        # Of its messages without an answer that have a nonce: it, and a hash of the content.
         self._unsettled: set[tuple[str, int]] = set()
+        # The same of those that may be stored although they were refused, with a nonce or without, and since when.
+        self._doubts: list[tuple[str | None, int, float]] = []
         # Refusals of messages that were not taken, until those before have their answers.
         self._late: list[bytes] = []
-        self._nameless: list[tuple[str, float]] = []  # contents of such without one, and until when
 
     @property
     def full(self) -> bool:
@@ -80,14 +81,17 @@ class Outbox:
     @property
     def awaits(self) -> bool:
         """Whether messages of its own may come up in the log."""
-        return bool(self._unsettled or self._nameless)
+        return bool(self._unsettled or self._doubts)
 
     def sent(self, content: str, nonce: str | None, cursor: int) -> None:
         """A message is under way; `cursor` is where its sender is in the log."""
         self._cursor = cursor
         self._in_flight += 1
         if nonce is not None:
-            self._unsettled.add((nonce, hash(content)))
+            sent = (nonce, hash(content))
+            self._unsettled.add(sent)
+            if self._doubts:  # it may be sent again
+                self._doubts = [doubt for doubt in self._doubts if doubt[:2] != sent]
 
     def refuse(self, error: ChatError, nonce: str | None) -> None:
         """A message was not taken; it is told in its turn, because without a nonce only the order can tell which."""
@@ -108,15 +112,13 @@ class Outbox:
 
     def refused(self, error: ChatError, message: NewMessage) -> None:
         """It is not stored, or, for all we know, may be: then it is remembered, to be recognised in the log."""
-        if not isinstance(error, Unavailable):
-            if message.nonce is not None:
-                self._unsettled.discard((message.nonce, hash(message.content)))
-        elif message.nonce is not None:
-            # Again: an earlier copy may have been refused, and forgotten.
-            self._unsettled.add((message.nonce, hash(message.content)))
-        elif error.sent:
-            self._nameless.append((message.content, time.monotonic() + RECOGNISED_FOR))
-        self._answers.append((0, error_frame(error, message.nonce), message.nonce is not None))
+        nonce, content = message.nonce, hash(message.content)
+        if nonce is not None:
+            self._unsettled.discard((nonce, content))
+        # With a nonce in any case: an earlier copy may have been refused.
+        if isinstance(error, Unavailable) and (error.sent or nonce is not None):
+            self._doubts.append((nonce, content, time.monotonic()))
+        self._answers.append((0, error_frame(error, nonce), nonce is not None))
 
     def answer(self) -> None:
         """Write the answers whose place is not behind the cursor; drop all if the connection is closing."""
@@ -152,35 +154,29 @@ class Outbox:
         for message in messages:
             if message.user_id != self.user_id or message.message_id in self.own:
                 continue
-            if (nonce := nonces.get(message.message_id)) is None:
-                if self._was_nameless(message.content):
-                    self.own.add(message.message_id)
-                continue
-            sent = (nonce, hash(message.content))
-            if sent in self._unsettled:  # else it is of another connection
-                self._unsettled.remove(sent)
+            # Or it is of another connection of the same user.
+            if self._sent(nonces.get(message.message_id), hash(message.content)):
                 self.own.add(message.message_id)
 
-    def _was_nameless(self, content: str) -> bool:
-        """Whether it sent this without a nonce, and does not know what became of it; asked once."""
-        self._drop_expired()
-        for each in self._nameless:
-            if each[0] == content:
-                self._nameless.remove(each)
+    def _sent(self, nonce: str | None, content: int) -> bool:
+        """Whether it sent this, and does not know what became of it; asked once."""
+        if nonce is not None and (nonce, content) in self._unsettled:
+            self._unsettled.remove((nonce, content))
+            return True
+        for doubt in self._doubts:
+            if doubt[:2] == (nonce, content):
+                self._doubts.remove(doubt)
                 return True
         return False
 
-    def _drop_expired(self) -> None:
-        """Messages of unknown fate that came up in the log would have done so by now."""
-        now = time.monotonic()
-        while self._nameless and self._nameless[0][1] <= now:
-            self._nameless.pop(0)
+    def settle(self, compared_at: float) -> None:
+        """All that the log had then has come up: what was refused long before is not in it."""
+        if self._doubts:
+            self._doubts = [doubt for doubt in self._doubts if doubt[2] > compared_at - LINGERS_FOR]
 
     def others(self, page: Page) -> bytes:
         """The frames of a page, with answers in place of its own ones; the cursor passes them."""
         self._cursor = page.cursor
-        if self._nameless:
-            self._drop_expired()
         own, answers = self.own, self._answers
         if not own and not answers:
             return page.blob

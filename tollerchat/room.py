@@ -149,6 +149,14 @@ class Room:
         self._heard = max(self._heard, message_id)
         self._pursue()
 
+    def compared(self, newest: int, compared_at: float) -> None:
+        """The newest id in the log was this, at that time by `time.monotonic()`, or later."""
+        self.hint(newest)
+        if newest <= self.head:
+            for client in self.clients:
+                if client.outbox is not None:
+                    client.outbox.settle(compared_at)
+
     def forget(self) -> None:
         """Messages were deleted or changed: do not send the old ones from memory."""
         self._spoilt_until = self._commits_ended + self._commits_in_flight

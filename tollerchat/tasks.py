@@ -9,12 +9,12 @@ AGAIN: Final = 0.2  # seconds
 
 
 async def rest(seconds: float) -> None:
-    """Sleep; and after a standstill, for as long as it takes to read what came meanwhile.
+    """Sleep; and after a standstill, until what came meanwhile was read and dealt with.
 
-    For those who judge others by their silence: uvloop runs timers before it reads.
+    For those who judge others by their silence: a loop that wakes up late may run its timers first.
     """
-    await asyncio.sleep(seconds)
-    await asyncio.sleep(0.001)
+    for delay in (seconds, 0, 0):
+        await asyncio.sleep(delay)
 
 
 async def end_tasks(*tasks: "asyncio.Task[Any] | None") -> None:
