@@ -118,6 +118,23 @@ async def test_sigterm_waits_for_the_commit_of_what_was_read(process, session, d
     assert database.contents() == ["before", "in flight"]
 
 
+async def test_sigterm_waits_for_one_who_is_behind_and_reads(database):
+    """Its ack stands behind all that it was not sent yet."""
+    database.insert(*["x" * 8000] * 500)
+    async with running(database.url, shutdown_timeout=20) as process:
+        with contextlib.closing(await RawClient.connect(process.port, after=0, buffer=1 << 20)) as alice:
+            await alice.send({"type": "message", "content": "last", "nonce": "n"})
+            await until(lambda: database.contents()[-1] == "last")
+            await until(lambda: process.queued([alice])[0] > 1 << 20)
+            process.signal(signal.SIGTERM)
+            frames = []
+            while (frame := await alice.frame()) is not None:
+                frames.append(frame)
+        assert [frame["type"] for frame in frames] == ["message"] * 500 + ["ack", "ready"]
+        assert alice.code == 1001
+        assert await in_thread(process.wait) == 0
+
+
 async def draining(session, process):
     """Wait until `/health` says that the server takes nobody any more."""
     deadline = time.monotonic() + WAIT

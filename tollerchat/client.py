@@ -104,6 +104,11 @@ class Client:
         self._socket: WebSocket | None = None
         self._room: Room
 
+    @property
+    def is_owed(self) -> bool:
+        """Whether it waits for an ack that stands behind messages which it was not sent yet."""
+        return self.outbox is not None and self.outbox.owes
+
     # -- life --------------------------------------------------------------------------------------
 
     async def seek(self, room: Room, after: int | None) -> None:

@@ -24,6 +24,7 @@ __all__ = ("Hub",)
 
 logger = logging.getLogger("tollerchat.hub")
 
+CATCHING_UP = 0.1  # of the time for shutting down, for clients to catch up
 PATIENCE = 0.8  # of the time for closing all connections; those that are left then are aborted
 
 
@@ -115,9 +116,13 @@ class Hub:
             room.hint(message_id)
 
     async def settle(self) -> None:
-        """Wait until the rooms have read what they know to be in the log, where acks stand behind it."""
+        """Wait until the rooms have read what they know to be in the log, where acks stand behind it; and a little
+        while for those who are behind their room.
+        """
         if reading := [room.catching_up for room in self.rooms.values() if room.catching_up and room.owes]:
             await asyncio.wait(reading)
+        if pumps := [client.pump for client in self._clients() if client.pump and client.is_owed]:
+            await asyncio.wait(pumps, timeout=CATCHING_UP * self._config.shutdown_timeout)
 
     async def compare_with_log(self) -> None:
         """Find what no hint told: compare all rooms with the log. Raises `Unavailable`."""

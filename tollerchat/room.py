@@ -71,8 +71,8 @@ class Room:
 
     @property
     def owes(self) -> bool:
-        """Whether somebody waits for an ack that stands behind messages which the room has not read yet."""
-        return any(client.outbox is not None and client.outbox.owes for client in self.clients)
+        """Whether somebody waits for an ack that stands behind other messages."""
+        return any(client.is_owed for client in self.clients)
 
     # -- starting and ending -----------------------------------------------------------------------
 
