@@ -176,7 +176,9 @@ async def test_server_that_comes_while_another_commits_finds_what_it_was_not_tol
 ):
     monkeypatch.setattr(bus, "PROBE_INTERVAL", 3600)
     with contextlib.closing(psycopg2.connect(database.url)) as other, other.cursor() as cursor:
-        cursor.execute("SET tollerchat.server = '1'")  # it is alone yet, and so tells nobody
+        # As a server does: it is alone yet, and so tells nobody.
+        cursor.execute("SET tollerchat.writer = 'on'")
+        cursor.execute(f"SELECT pg_advisory_xact_lock_shared({SERVERS_KEY}, 0)")
         cursor.execute("INSERT INTO messages (channel_id, user_id, content) VALUES (1, 9, 'in flight')")
         server = await serve(config)
         bob, history = await server.join(2)

@@ -52,8 +52,8 @@ _PROBE = f"""
 class PostgresBus:
     """LISTENs to what the triggers of schema.sql notify, and tells the hub.
 
-    Payloads: `grown <channel>:<newest id> ...`, `changed <channel>`, `deleted <channel>`,
-    `access <channel>`, `user <user>`, `truncated`.
+    Payloads: `grown <channel>:<newest id> ...` of a server, `grown <channel>` of anybody else, `changed <channel>`,
+    `deleted <channel>`, `access <channel>`, `user <user>`, `truncated`.
     """
 
     def __init__(self, config: Config, hub: Hub, repository: Repository) -> None:
@@ -83,11 +83,13 @@ class PostgresBus:
         probing = asyncio.create_task(self._probe(connection))
         try:
             while True:
+                grown: set[int] = set()  # channels of which nobody told the newest id
                 for payload in dict.fromkeys(await connection.notified(MAX_AT_ONCE)):
                     try:
-                        await self._dispatch(payload)
+                        await self._dispatch(payload, grown)
                     except (ValueError, IndexError):  # anybody may notify anything
                         logger.warning("a notification that is not understood: %.100r", payload)
+                await self._hub.compare(grown)
         finally:
             await end_tasks(probing)
 
@@ -123,12 +125,15 @@ class PostgresBus:
         connection.look()
         return rows
 
-    async def _dispatch(self, payload: str) -> None:
+    async def _dispatch(self, payload: str, grown: set[int]) -> None:
         verb, *arguments = payload.split()
         if verb == "grown":
             for argument in arguments:
                 channel_id, _, message_id = argument.partition(":")
-                self._hub.hint(int(channel_id), int(message_id))
+                if message_id:
+                    self._hub.hint(int(channel_id), int(message_id))
+                else:
+                    grown.add(int(channel_id))
         elif verb == "changed":
             self._hub.forget(int(arguments[0]))
         elif verb == "deleted":

@@ -128,9 +128,13 @@ class Hub:
         """Find what no hint told: compare all rooms with the log. Raises `Unavailable`."""
         if await self._repository.ids_restarted():
             self._restart()
-        if self.rooms:
+        await self.compare(self.rooms)
+
+    async def compare(self, channel_ids: Iterable[int]) -> None:
+        """Compare some rooms, as far as they are here, with the log. Raises `Unavailable`."""
+        if ours := self.rooms.keys() & channel_ids:
             now = time.monotonic()
-            for channel_id, newest in (await self._repository.newest_ids(self.rooms)).items():
+            for channel_id, newest in (await self._repository.newest_ids(ours)).items():
                 if room := self.rooms.get(channel_id):
                     room.compared(newest, now)
 

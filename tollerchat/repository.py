@@ -12,7 +12,7 @@ from tollerchat.connection import Connection, ConnectionWatch
 from tollerchat.database import TIME_FORMAT
 from tollerchat.errors import ChatError, Forbidden, NotFound, Unavailable
 from tollerchat.protocol import MAX_BIGINT, MAX_ID, OutgoingMessage
-from tollerchat.saving import TELL_ALL, NewMessage, Saver, SaveResult
+from tollerchat.saving import NewMessage, Saver, SaveResult
 from tollerchat.session import Sessions
 
 __all__ = ("Repository",)
@@ -178,7 +178,7 @@ class Repository:
         Raises what `save_messages` returns.
         """
         assert self._saver is not None, "open() was not awaited"
-        (result,) = await self._saver.save([message], {}, TELL_ALL)
+        (result,) = await self._saver.save([message], {}, tell_all=True)
         if isinstance(result, ChatError):
             raise result
         return result.message

@@ -39,10 +39,9 @@ SERVERS_KEY = LOCK_KEY + 1
 # One round trip for a batch, and one transaction: settings, if any; the locks, in sorted order; then, in a statement
 # of its own so that its snapshot has all that was committed under those locks, the rows.
 _AT_ONCE = b"SET LOCAL lock_timeout = '5ms'; "
-TELL_ALL = b"SET LOCAL tollerchat.server = ''; "
 _LOCK = b"EXECUTE tollerchat_lock ('{%s}'); "
-_SAVE = b"EXECUTE tollerchat_save (%s)"
-_SAVE_ONE = b"EXECUTE tollerchat_save_one (%d, %d, %s, %s, %d)"
+_SAVE = b"EXECUTE tollerchat_save (%s, %d)"
+_SAVE_ONE = b"EXECUTE tollerchat_save_one (%d, %d, %s, %s, %d, %d)"
 
 _LOCKED = f"""
     SELECT channel_id FROM unnest(%s::int[]) AS asked (channel_id)
@@ -56,17 +55,23 @@ _UNKNOWN = """
     WHERE (messages.channel_id, id) > ({channel_id}, {head}) AND messages.channel_id <= {channel_id}
     ORDER BY messages.channel_id DESC, id DESC LIMIT 1"""
 
+# We tell our own clients; only if there are other servers, they are notified: of many channels at a time, but a payload
+# must stay under 8,000 bytes. A server that begins to listen enters itself in the table, and then waits for all who
+# hold the first of the locks: they may have looked before, and tell it nothing.
+_OTHERS = "FROM tollerchat_servers AS server WHERE server.id <> {told_by}"
+
 # A message alone is stored by the last of these, in 0.85 of the time.
 _PREPARE = f"""
-    SET tollerchat.writer = 'on'; SET tollerchat.server = %(server)s;
+    SET tollerchat.writer = 'on';
     SET lock_timeout = '100ms';
     SET plan_cache_mode = force_generic_plan; SET standard_conforming_strings = on;
     SET enable_hashjoin = off; SET enable_mergejoin = off;
     SELECT set_config('synchronous_commit', 'on', false)
     WHERE current_setting('synchronous_commit') = 'off';  -- or what is acked would not be safe
     PREPARE tollerchat_lock (int[]) AS
-    SELECT pg_advisory_xact_lock({LOCK_KEY}, channel_id) FROM unnest($1) AS sorted (channel_id);
-    PREPARE tollerchat_save (json) AS
+    SELECT pg_advisory_xact_lock_shared({SERVERS_KEY}, 0), pg_advisory_xact_lock({LOCK_KEY}, channel_id)
+    FROM unnest($1) AS sorted (channel_id);
+    PREPARE tollerchat_save (json, int) AS
     WITH moment AS MATERIALIZED (SELECT clock_timestamp() AS now),
     incoming AS MATERIALIZED (
         SELECT n, new.channel_id, new.user_id, new.content, new.nonce,
@@ -87,18 +92,32 @@ _PREPARE = f"""
         INSERT INTO messages (id, channel_id, user_id, content, nonce, created_at)
         SELECT id, channel_id, user_id, content, nonce, (SELECT now FROM moment)
         FROM incoming WHERE id IS NOT NULL
+    ),
+    told AS MATERIALIZED (
+        SELECT pg_notify('tollerchat', 'grown ' || string_agg(entry, ' '))
+        FROM (
+            SELECT channel_id || ':' || max(id) AS entry, row_number() OVER () / 200 AS part
+            FROM incoming WHERE id IS NOT NULL GROUP BY channel_id
+        ) AS entries
+        WHERE EXISTS (SELECT {_OTHERS.format(told_by="$2")})
+        GROUP BY part
     )
     SELECT coalesce(id, old_id), unknown,
         CASE WHEN old_id IS NOT NULL
             THEN to_char(old_created_at AT TIME ZONE 'UTC', {TIME_FORMAT})
             ELSE (SELECT to_char(now AT TIME ZONE 'UTC', {TIME_FORMAT}) FROM moment) END,
         old_content
-    FROM incoming ORDER BY n;
-    PREPARE tollerchat_save_one (int, int, text, text, bigint) AS
+    FROM incoming, (SELECT count(*) FROM told) AS telling ORDER BY n;
+    PREPARE tollerchat_save_one (int, int, text, text, bigint, int) AS
     INSERT INTO messages (id, channel_id, user_id, content, nonce, created_at)
     VALUES (nextval(%(sequence)s::regclass), $1, $2, $3, $4, clock_timestamp())
     ON CONFLICT (channel_id, user_id, nonce) WHERE nonce IS NOT NULL DO NOTHING
-    RETURNING id, ({_UNKNOWN.format(channel_id="$1", head="$5")}),
+    RETURNING id, coalesce(
+            -- Always NULL: it has no column of its own, which would cost more than it does.
+            (SELECT CASE WHEN pg_notify('tollerchat', 'grown ' || $1 || ':' || messages.id) IS NULL THEN 0 END
+                {_OTHERS.format(told_by="$6")} LIMIT 1),
+            ({_UNKNOWN.format(channel_id="$1", head="$5")})
+        ),
         to_char(created_at AT TIME ZONE 'UTC', {TIME_FORMAT})"""
 
 # Errors that may be about a single row of a batch, by class (PostgreSQL's manual, appendix A). Some are final:
@@ -141,11 +160,17 @@ class Saver:
         self._sessions.close()
 
     async def save(
-        self, batch: Sequence[NewMessage], heads: Mapping[int, int], settings: bytes = b""
+        self,
+        batch: Sequence[NewMessage],
+        heads: Mapping[int, int],
+        *,
+        tell_all: bool = False,
+        settings: bytes = b"",
     ) -> list[SaveResult]:
         """Store a batch in one transaction, and return one result per message, in order.
 
-        `heads` has the newest ids that are known, by channel, as far as any are.
+        `heads` has the newest ids that are known, by channel, as far as any are. Other servers are notified; with
+        `tell_all`, which is for one message alone, this one is, too.
 
         A message that cannot be stored gets its error and leaves the others alone. A nonce that was
         seen before gives the original message, or `NonceConflict` if the content differs; `batch`
@@ -158,17 +183,20 @@ class Saver:
                 new.head = previous[new.channel_id] = heads.get(new.channel_id, 0)
         channel_ids = sorted(previous)
         before = settings + _LOCK % b",".join([b"%d" % channel_id for channel_id in channel_ids])
+        told_by = 0 if tell_all else self._server_id
         try:
-            rows = await self._run(before + _save_one(batch[0])) if len(batch) == 1 else []
+            rows = await self._run(before + _save_one(batch[0], told_by)) if len(batch) == 1 else []
             if not rows:  # several, or its nonce was seen before
-                rows = await self._run(before + _SAVE % _quote(msgspec.json.encode(batch)))
+                rows = await self._run(before + _SAVE % (_quote(msgspec.json.encode(batch)), told_by))
         except psycopg2.errors.LockNotAvailable:
             return await self._save_unlocked(batch, heads, channel_ids)
         except psycopg2.Error as exc:
             if len(batch) == 1:
                 return [_explain_refusal(exc)]
             half = len(batch) // 2
-            return await self._save_parts(batch, heads, [range(half), range(half, len(batch))], {}, settings)
+            return await self._save_parts(
+                batch, heads, [range(half), range(half, len(batch))], {}, settings=settings
+            )
         return _results(batch, rows, previous)
 
     async def _save_unlocked(
@@ -184,12 +212,12 @@ class Saver:
             raise Unavailable(str(exc)) from exc  # whatever was sent: nothing of the batch is stored
         if locked:
             stopped = {channel_id: error for (channel_id,) in locked}
-            return await self._save_parts(batch, heads, [range(len(batch))], stopped, b"")
+            return await self._save_parts(batch, heads, [range(len(batch))], stopped)
         # It was another lock, of a row maybe: by channel, without waiting so long again for each.
         parts: dict[int, list[int]] = {}
         for n, message in enumerate(batch):
             parts.setdefault(message.channel_id, []).append(n)
-        return await self._save_parts(batch, heads, parts.values(), {}, _AT_ONCE)
+        return await self._save_parts(batch, heads, parts.values(), {}, settings=_AT_ONCE)
 
     async def _save_parts(
         self,
@@ -197,7 +225,8 @@ class Saver:
         heads: Mapping[int, int],
         parts: Iterable[Sequence[int]],
         stopped: dict[int, ChatError],
-        settings: bytes,
+        *,
+        settings: bytes = b"",
     ) -> list[SaveResult]:
         """Store a batch that failed as a whole in parts, given as indices.
 
@@ -209,7 +238,8 @@ class Saver:
         for part in parts:
             tried = [n for n in part if down is None and batch[n].channel_id not in stopped]
             try:
-                saved = await self.save([batch[n] for n in tried], heads, settings) if tried else []
+                tried_batch = [batch[n] for n in tried]
+                saved = await self.save(tried_batch, heads, settings=settings) if tried else []
             except Unavailable as exc:  # not of the parts before, which are committed
                 saved = [exc] * len(tried)
             results.update(zip(tried, saved, strict=True))
@@ -232,12 +262,12 @@ class Saver:
 
     async def _prepare(self, connection: Connection) -> None:
         ((sequence,),) = await connection.query("SELECT pg_get_serial_sequence('messages', 'id')")
-        await connection.query(_PREPARE, {"sequence": sequence, "server": str(self._server_id)})
+        await connection.query(_PREPARE, {"sequence": sequence})
 
 
-def _save_one(new: NewMessage) -> bytes:
+def _save_one(new: NewMessage, told_by: int) -> bytes:
     nonce = b"NULL" if new.nonce is None else _quote(new.nonce.encode())
-    return _SAVE_ONE % (new.channel_id, new.user_id, _quote(new.content.encode()), nonce, new.head)
+    return _SAVE_ONE % (new.channel_id, new.user_id, _quote(new.content.encode()), nonce, new.head, told_by)
 
 
 def _quote(text: bytes) -> bytes:

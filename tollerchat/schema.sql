@@ -96,10 +96,12 @@ CREATE INDEX IF NOT EXISTS channel_users_user_id_idx ON channel_users (user_id);
 -- The server holds a channel's lock before it takes an id (and says so by this setting, to save the trigger);
 -- every other writer gets both here: the lock, and then a new id. The one it has may be too small by now, and
 -- a transaction whose snapshot is older than the lock could not tell; sequences do not mind snapshots.
+-- All servers are told, once for each channel and transaction: PostgreSQL drops what a transaction notifies again.
 CREATE OR REPLACE FUNCTION tollerchat_order() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM pg_advisory_xact_lock(1953459308, NEW.channel_id);
     NEW.id := nextval(pg_get_serial_sequence('messages', 'id'));
+    PERFORM pg_notify('tollerchat', 'grown ' || NEW.channel_id) WHERE NEW.channel_id IS NOT NULL;
     RETURN NEW;
 END $$;
 
@@ -108,29 +110,9 @@ CREATE OR REPLACE TRIGGER tollerchat_order BEFORE INSERT ON messages
     EXECUTE FUNCTION tollerchat_order();
 
 -- Notifications: hints to every server process. Payload: a verb and its arguments, see tollerchat/bus.py.
-CREATE OR REPLACE FUNCTION tollerchat_messages_inserted() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    -- A server tells its own clients; only others need a notification. One that begins to listen enters itself in
-    -- the table, and then waits for all who hold this lock: they may have looked before, and tell it nothing.
-    IF current_setting('tollerchat.server', true) <> '' THEN
-        PERFORM pg_advisory_xact_lock_shared(1953459309, 0);
-        IF NOT EXISTS (SELECT FROM tollerchat_servers WHERE id <> current_setting('tollerchat.server')::int) THEN
-            RETURN NULL;
-        END IF;
-    END IF;
-    -- One notification for many channels; a payload must stay under 8,000 bytes.
-    PERFORM pg_notify('tollerchat', 'grown ' || string_agg(entry, ' '))
-    FROM (
-        SELECT channel_id || ':' || max(id) AS entry, row_number() OVER () / 200 AS part
-        FROM inserted WHERE channel_id IS NOT NULL GROUP BY channel_id
-    ) AS entries
-    GROUP BY part;
-    RETURN NULL;
-END $$;
-
-CREATE OR REPLACE TRIGGER tollerchat_messages_inserted AFTER INSERT ON messages
-    REFERENCING NEW TABLE AS inserted
-    FOR EACH STATEMENT EXECUTE FUNCTION tollerchat_messages_inserted();
+-- Of what a server stores, it tells the others itself.
+DROP TRIGGER IF EXISTS tollerchat_messages_inserted ON messages;
+DROP FUNCTION IF EXISTS tollerchat_messages_inserted();
 
 CREATE OR REPLACE FUNCTION tollerchat_messages_changed() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
