@@ -60,6 +60,11 @@ async def test_query_that_is_cancelled_when_its_time_is_over_does_not_end_the_wa
     assert not watching.done()
 
 
+async def test_query_that_is_larger_than_the_systems_buffers_is_sent_to_its_end(watched):
+    conn, _ = watched
+    assert await query(conn, f"SELECT length('{'x' * 8_000_000}')") == [(8_000_000,)]
+
+
 async def test_failed_query_does_not_end_the_notifications(watched, database):
     conn, _ = watched
     await query(conn, "LISTEN tollerchat")

@@ -34,6 +34,9 @@ OPTIONS: Any = {
 }
 
 
+# Bytes of a query that the system takes at once; of a longer one, we must ask whether there is more to send.
+SENT_AT_ONCE: Final = 4096
+
 # Some are idle for hours, and what is between us and the database may forget them without a word.
 _KEEPALIVES: Final = {"keepalives_idle": "60", "keepalives_interval": "10", "keepalives_count": "3"}
 
@@ -61,7 +64,9 @@ class Connection(aiopg.Connection):
         except BaseException:
             self._waiter = None
             raise
-        await self._poll(waiter, self.timeout)
+        if len(self._cursor.query) > SENT_AT_ONCE:
+            self._ready(self._weakref)
+        await self._wait(waiter, self.timeout)
         return self._cursor.fetchall() if self._cursor.description else []
 
     @staticmethod
@@ -95,7 +100,11 @@ class Connection(aiopg.Connection):
             self._loop.remove_writer(self._fileno)
 
     async def _poll(self, waiter: "asyncio.Future[None]", timeout: float) -> None:
+        """Wait for what aiopg has begun: to connect."""
         self._ready(self._weakref)
+        await self._wait(waiter, timeout)
+
+    async def _wait(self, waiter: "asyncio.Future[None]", timeout: float) -> None:
         self._deadline = self._loop.time() + timeout
         try:
             await waiter
