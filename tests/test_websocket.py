@@ -25,9 +25,14 @@ class Listener:
         self.heard = []
         self.gone = asyncio.Event()
         self.descriptors = []  # when they changed
+        self.patience = None  # how much it hears until it is busy
 
     def read_pump(self):
-        self.websocket.parse()
+        if not self.is_busy():
+            self.websocket.parse()
+
+    def is_busy(self):
+        return self.patience is not None and len(self.heard) >= self.patience
 
     def received(self, text):
         self.heard.append(text)
@@ -123,6 +128,28 @@ async def test_what_came_before_the_end_is_heard(listener, told):
     assert "lost" not in listener.heard
     await turns(20)
     assert listener.heard == [*texts, "lost"]
+
+
+@pytest.mark.parametrize("end", ["loss", "nonsense"])
+async def test_busy_listener_hears_the_rest_later(listener, transport, end):
+    websocket = listener.websocket
+    texts = [f"text {n}" for n in range(100)]
+    listener.patience = 10
+    nonsense = b"\xff\xff" if end == "nonsense" else b""
+    websocket.data_received(b"".join(client_frame(text.encode()) for text in texts) + nonsense)
+    for patience in (10, 50):
+        listener.patience = patience
+        websocket.read_on()
+        await turns()
+        assert listener.heard == texts[:patience]
+    if end == "loss":
+        websocket.connection_lost(None)
+    assert not transport.write.called
+    listener.patience = None
+    websocket.read_on()
+    await turns()
+    assert listener.heard == texts + (["lost"] if end == "loss" else [])
+    assert transport.write.called == (end == "nonsense")  # a close frame
 
 
 async def test_nothing_is_heard_behind_a_close_frame(listener, transport):

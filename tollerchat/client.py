@@ -207,10 +207,10 @@ class Client:
         """Take some of what came, unless too much of this client is under way."""
         websocket = self._socket
         assert websocket is not None
-        if not self._is_busy():
+        if not self.is_busy():
             websocket.parse()
 
-    def _is_busy(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether too much is under way: messages to the database, or answers to it."""
         websocket = self._socket
         assert websocket is not None

@@ -24,15 +24,20 @@ logger = logging.getLogger("tollerchat.websocket")
 BUFFER_LIMIT: Final = 64 * 1024
 SEND_BUFFER: Final = 128 * 1024  # bytes in the kernel, for one connection
 CLOSE_TIMEOUT: Final = 2.0  # seconds for the closing handshake; then the connection is aborted
-SLICE: Final = 1024  # bytes parsed at a time: bounds how far a busy listener is overrun
-UNPARSED: Final = 4096  # bytes that may wait to be parsed; beyond, it is not read
+SLICE: Final = 4096  # bytes parsed at a time
+# Bytes that may wait to be parsed; beyond, it is not read. To stop and go on costs as much as a short message does, so
+# it is more than one long one.
+UNPARSED: Final = 16 * 1024
 
 
 class Listener(Protocol):
     """Whose connection it is."""
 
     def read_pump(self) -> None:
-        """Something came: call `parse`, unless too much is under way; then `read_on` when it is not any more."""
+        """Something came: call `parse`, unless busy; then `read_on` when it is not any more."""
+
+    def is_busy(self) -> bool:
+        """Whether too much is under way to take more."""
 
     def received(self, text: str) -> None:
         """A whole text message."""
@@ -68,6 +73,7 @@ class WebSocket(asyncio.Protocol):
         "_held",
         "_listener",
         "_lost",
+        "_pending",
         "_progress",
         "_reader",
         "_turns",
@@ -95,6 +101,8 @@ class WebSocket(asyncio.Protocol):
         self._abort_timer: asyncio.TimerHandle | None = None
         self._held: list[bytes] | None = None  # what is written between hold() and release()
         self._unparsed = b""
+        # Frames that were parsed while the listener was busy, and errors in the place of a frame; rarely made.
+        self._pending: list[WSMessage | BaseException] | None = None
         self._descriptor = _descriptor(transport)
         self._direct = False  # nothing is in the way of a write: the system can be called at once
         self._turns = turns
@@ -146,13 +154,17 @@ class WebSocket(asyncio.Protocol):
         """As aiohttp's parsers have it."""
 
     def parse(self) -> None:
-        """Hand some of what was received to the listener; the rest is for later turns."""
-        if data := self._unparsed:
+        """Hand some of what was received to the listener, until it is busy; the rest is for later turns."""
+        self.hold()
+        if self._pending:
+            pending, self._pending = self._pending, None
+            for frame in pending:
+                self._parsed(frame)
+        elif data := self._unparsed:
             self._unparsed = data[SLICE:]
-            self.hold()
             self._reader.feed_data(data[:SLICE])
-            self.release()
-        if self._unparsed:
+        self.release()
+        if self._pending or self._unparsed:
             self.read_on()
         elif self._lost:
             self._end()
@@ -171,7 +183,17 @@ class WebSocket(asyncio.Protocol):
         self._waits = False
         self._listener.read_pump()
 
-    def _parsed(self, frame: WSMessage) -> None:
+    def _parsed(self, frame: WSMessage | BaseException) -> None:
+        """Have a frame, or the error in its place, dealt with; later, if the listener is busy."""
+        if self._pending or self._listener.is_busy():
+            self._pending = self._pending or []
+            self._pending.append(frame)
+        elif isinstance(frame, BaseException):
+            self._failed(frame)
+        else:
+            self._take(frame)
+
+    def _take(self, frame: WSMessage) -> None:
         kind = frame.type
         if kind is WSMsgType.TEXT:
             if not self.deaf:
@@ -292,8 +314,8 @@ class WebSocket(asyncio.Protocol):
         if self._abort_timer is not None:
             self._abort_timer.cancel()
         if self.deaf:
-            self._unparsed = b""
-        if not self._unparsed:
+            self._unparsed, self._pending = b"", None
+        if not (self._unparsed or self._pending):
             self._end()
         else:  # TLS tells of the end before all that came ahead of it is parsed
             self.read_on()
@@ -334,4 +356,4 @@ class _Frames(WebSocketDataQueue):
         self._socket._parsed(frame)
 
     def set_exception(self, error: BaseException, cause: object = None) -> None:
-        self._socket._failed(error)
+        self._socket._parsed(error)
