@@ -590,15 +590,42 @@ async def test_truncation_that_was_not_heard_of_is_found_whatever_follows(server
     assert [frame["content"] for frame in history] == ["new", "newer", "newest", "the one behind"]
 
 
-async def test_truncation_closes_only_once(server, database):
-    await until(lambda: server.app[hub_key].access.remembers)  # it listens
+@pytest.mark.parametrize("found_by_comparison", [False, True])
+async def test_truncation_closes_only_once(server, database, monkeypatch, found_by_comparison):
+    hub = server.app[hub_key]
+    await until(lambda: hub.access.remembers)  # it listens
     early, _ = await server.join(1)
+    hold, heard, resync = asyncio.Event(), asyncio.Event(), hub.resync
+
+    async def resync_later():
+        await hold.wait()
+        await resync()
+        heard.set()
+
+    monkeypatch.setattr(hub, "resync", resync_later)  # the notification is slow
+    if not found_by_comparison:
+        hold.set()
     database.execute("TRUNCATE messages RESTART IDENTITY")
+    if found_by_comparison:
+        await hub.compare_with_log()
     assert await early.closed() == 1001
     bob, _ = await server.join(2)
-    await server.app[hub_key].resync()
+    hold.set()
+    await asyncio.wait_for(heard.wait(), WAIT)
+    await resync()
     (new,) = database.insert("new")
     assert (await bob.receive())["message_id"] == new
+
+
+async def test_truncation_that_lets_ids_go_on_closes_nothing(server, database):
+    await until(lambda: server.app[hub_key].access.remembers)  # it listens
+    database.insert("old")
+    bob, _ = await server.join(2)
+    database.execute("TRUNCATE messages")
+    database.insert("new")
+    assert (await bob.receive())["content"] == "new"
+    _, history = await server.join(1)
+    assert [frame["content"] for frame in history] == ["new"]
 
 
 async def test_schema_that_is_applied_again_closes_nothing(server, database):

@@ -143,4 +143,4 @@ class PostgresBus:
         elif verb == "user":
             self._hub.user_deleted(int(arguments[0]))
         elif verb == "truncated":
-            await self._hub.truncated()
+            await self._hub.resync()

@@ -143,13 +143,8 @@ class Hub:
         if room := self.rooms.get(channel_id):
             room.forget()
 
-    async def truncated(self) -> None:
-        """A table was emptied. Raises `Unavailable`."""
-        await self._repository.ids_restarted()  # if they were, it is not to be found again
-        self._restart()
-
     def _restart(self) -> None:
-        """Ids may have started again: everybody has to, too."""
+        """Ids have started again: everybody has to, too."""
         self.access.forget()
         for client in self._clients():
             client.close(CloseCode.GOING_AWAY, "the database was emptied: connect again")
@@ -187,7 +182,10 @@ class Hub:
                         client.close(CloseCode.ACCESS_WITHDRAWN, "access to the channel was withdrawn")
 
     async def resync(self) -> None:
-        """Find all that no notification told, after some may have been lost. Raises `Unavailable`."""
+        """Find all that no notification told, after some may have been lost, or told all at once, by emptying a table.
+
+        Raises `Unavailable`.
+        """
         for room in self.rooms.values():
             room.forget()
         await self.check_access(self.rooms)
