@@ -76,7 +76,7 @@ async def test_slow_reader_loses_nothing(server, connect, database):
         await until(lambda last=ids[-1]: room.head == last)
     log.sent(own)
     await slow.send_frame(own)
-    await asyncio.wait_for(listen(slow, log, nonce="n"), WAIT)
+    await asyncio.wait_for(listen(slow, log, type="ack"), WAIT)
     database.insert("the end")
     await asyncio.wait_for(asyncio.gather(listening, listen(slow, log, content="the end")), WAIT)
     assert check([log, alice_log], rows_of(database.url)) is None
