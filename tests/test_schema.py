@@ -117,6 +117,17 @@ async def test_rows_that_brought_their_ids_do_not_hide_what_is_new(database, ser
     assert (await bob.receive())["content"] == "new"
 
 
+def test_trigger_that_notified_of_what_servers_store_is_dropped(database):
+    database.execute(
+        """CREATE FUNCTION tollerchat_messages_inserted() RETURNS trigger LANGUAGE plpgsql AS
+            'BEGIN RAISE ''it is there yet''; END';
+        CREATE TRIGGER tollerchat_messages_inserted AFTER INSERT ON messages
+            FOR EACH STATEMENT EXECUTE FUNCTION tollerchat_messages_inserted()"""
+    )
+    database.execute(read_schema())
+    database.insert("text")
+
+
 def test_sequence_that_is_ahead_of_the_rows_stays_there(database):
     gone = database.insert("gone")
     database.execute("DELETE FROM messages")

@@ -153,7 +153,7 @@ async def drain(app: web.Application) -> None:
         return
     hub.draining = True
     try:
-        await asyncio.wait_for(app[writer_key].flush(0.55 * timeout), 0.6 * timeout)
+        await asyncio.wait_for(app[writer_key].flush(0.5 * timeout), 0.6 * timeout)
     except asyncio.TimeoutError:
         logger.error("shutting down with messages whose senders have no answer: the database does not do")
     await hub.close_all(0.4 * timeout)

@@ -50,7 +50,7 @@ _PROBE = f"""
 
 
 class PostgresBus:
-    """LISTENs to what the triggers of schema.sql notify, and tells the hub.
+    """LISTENs to what other servers and the triggers of schema.sql notify, and tells the hub.
 
     Payloads: `grown <channel>:<newest id> ...` of a server, `grown <channel>` of anybody else, `changed <channel>`,
     `deleted <channel>`, `access <channel>`, `user <user>`, `truncated`.

@@ -77,6 +77,14 @@ BEGIN
         EXECUTE format('ALTER SEQUENCE %s INCREMENT 1 CACHE 1 NO CYCLE', sequence);
     END IF;
 
+    -- This trigger told servers what others store; now they tell each other.
+    IF EXISTS (
+        SELECT FROM pg_trigger WHERE tgrelid = 'messages'::regclass AND tgname = 'tollerchat_messages_inserted'
+    ) THEN
+        DROP TRIGGER tollerchat_messages_inserted ON messages;
+        DROP FUNCTION tollerchat_messages_inserted();
+    END IF;
+
     -- A channel that has members was meant for them alone.
     IF NOT EXISTS (
         SELECT FROM pg_attribute
@@ -111,9 +119,6 @@ CREATE OR REPLACE TRIGGER tollerchat_order BEFORE INSERT ON messages
 
 -- Notifications: hints to every server process. Payload: a verb and its arguments, see tollerchat/bus.py.
 -- Of what a server stores, it tells the others itself.
-DROP TRIGGER IF EXISTS tollerchat_messages_inserted ON messages;
-DROP FUNCTION IF EXISTS tollerchat_messages_inserted();
-
 CREATE OR REPLACE FUNCTION tollerchat_messages_changed() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM pg_notify('tollerchat', 'changed ' || channel_id)
