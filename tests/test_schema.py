@@ -1,5 +1,6 @@
 """schema.sql: idempotent, and an upgrade of the original's tables that loses nothing."""
 
+import asyncio
 import contextlib
 import re
 import uuid
@@ -7,7 +8,8 @@ import uuid
 import psycopg2
 import pytest
 
-from tests.support import SEED_DDL, psql
+from tests.faults import in_thread
+from tests.support import SEED_DDL, psql, until
 from tollerchat.database import read_schema
 
 
@@ -115,6 +117,40 @@ async def test_rows_that_brought_their_ids_do_not_hide_what_is_new(database, ser
     assert [frame["message_id"] for frame in history] == [1000]
     assert database.insert("new") > [1000]
     assert (await bob.receive())["content"] == "new"
+
+
+OLD_TRIGGER = """
+    CREATE FUNCTION tollerchat_messages_inserted() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+    CREATE TRIGGER tollerchat_messages_inserted AFTER INSERT ON messages
+        FOR EACH STATEMENT EXECUTE FUNCTION tollerchat_messages_inserted()"""
+
+
+@pytest.mark.parametrize("version", ["", OLD_TRIGGER], ids=["again", "upgrade"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "SELECT max(id) FROM messages",
+        "INSERT INTO channels (name) VALUES ('new')",
+        "DELETE FROM channel_users",
+    ],
+)
+async def test_schema_can_be_applied_while_others_are_at_work(database, first, version):
+    """It waits, if it must, but nobody waits for it, and nobody ends in a deadlock."""
+    database.execute(version or "SELECT 1")
+    with contextlib.closing(psycopg2.connect(database.url)) as other, other.cursor() as cursor:
+        cursor.execute(first)
+        applying = asyncio.ensure_future(in_thread(psql, database.url, read_schema()))
+        trying = "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'messages'::regclass"
+        sleeping = (
+            "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()"
+        )
+        await until(lambda: applying.done() or database.execute(trying) or database.execute(sleeping))
+        database.execute(
+            "SET statement_timeout = '2s'; INSERT INTO messages (channel_id, content) VALUES (1, '')"
+        )
+        cursor.execute("INSERT INTO messages (channel_id, content) VALUES (1, '')")
+        other.commit()
+    await applying
 
 
 def test_trigger_that_notified_of_what_servers_store_is_dropped(database):

@@ -48,6 +48,30 @@ CREATE UNLOGGED TABLE IF NOT EXISTS tollerchat_servers (
     id  INT PRIMARY KEY
 );
 
+-- All locks at once, or none, and then again: who waits for a lock stops all who come behind, and who has one and
+-- waits for another can deadlock. Readers are in the way only of an upgrade.
+DO $$
+DECLARE
+    is_upgrade CONSTANT boolean := EXISTS (
+        SELECT FROM pg_trigger WHERE tgrelid = 'messages'::regclass AND tgname = 'tollerchat_messages_inserted'
+    ) OR NOT EXISTS (
+        SELECT FROM pg_attribute WHERE attrelid = 'messages'::regclass AND attname = 'nonce' AND NOT attisdropped
+    );
+    mode CONSTANT text := CASE WHEN is_upgrade THEN 'ACCESS EXCLUSIVE' ELSE 'SHARE ROW EXCLUSIVE' END;
+    lock_timeout CONSTANT text := current_setting('lock_timeout');
+BEGIN
+    LOOP
+        BEGIN
+            PERFORM set_config('lock_timeout', '200ms', true);
+            EXECUTE format('LOCK TABLE users, channels, channel_users, messages IN %s MODE', mode);
+            EXIT;
+        EXCEPTION WHEN lock_not_available THEN
+            PERFORM pg_sleep(0.5);
+        END;
+    END LOOP;
+    PERFORM set_config('lock_timeout', lock_timeout, true);
+END $$;
+
 -- Upgrade of the original's tables: ids outgrow INT, and its timestamps carry no zone (they are read as UTC).
 DO $$
 DECLARE
@@ -108,7 +132,7 @@ CREATE INDEX IF NOT EXISTS channel_users_user_id_idx ON channel_users (user_id);
 CREATE OR REPLACE FUNCTION tollerchat_order() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM pg_advisory_xact_lock(1953459308, NEW.channel_id);
-    NEW.id := nextval(pg_get_serial_sequence('messages', 'id'));
+    NEW.id := nextval(pg_get_serial_sequence(TG_RELID::regclass::text, 'id'));
     PERFORM pg_notify('tollerchat', 'grown ' || NEW.channel_id) WHERE NEW.channel_id IS NOT NULL;
     RETURN NEW;
 END $$;
@@ -192,8 +216,8 @@ CREATE OR REPLACE TRIGGER tollerchat_truncated AFTER TRUNCATE ON channel_users
 CREATE OR REPLACE TRIGGER tollerchat_truncated AFTER TRUNCATE ON users
     FOR EACH STATEMENT EXECUTE FUNCTION tollerchat_truncated();
 
--- Rows may have come with ids of their own, without the trigger, and what is new must have greater ones. Last, because
--- nobody can take an id meanwhile: the triggers above have locked the table.
+-- Rows may have come with ids of their own, without the trigger, and what is new must have greater ones. Nobody can
+-- take an id meanwhile: the table is locked.
 DO $$
 DECLARE
     sequence CONSTANT text := pg_get_serial_sequence('messages', 'id');
