@@ -191,6 +191,7 @@ async def test_rows_with_ids_of_their_own_choice_go_live_in_order(server, databa
         "INSERT INTO messages (channel_id, user_id, content) VALUES (NULL, 9, 'of no channel')",
         "NOTIFY tollerchat",
         "NOTIFY tollerchat, 'grown 1:x'",
+        "NOTIFY tollerchat, 'grown 1:9223372036854775808'",
         "NOTIFY tollerchat, 'deleted'",
         "NOTIFY tollerchat, 'unheard of'",
     ],
@@ -615,6 +616,57 @@ async def test_truncation_closes_only_once(server, database, monkeypatch, found_
     await resync()
     (new,) = database.insert("new")
     assert (await bob.receive())["message_id"] == new
+
+
+async def test_stale_answer_about_ids_closes_nobody_again(server, database, monkeypatch):
+    """Somebody asks before the truncation, and learns it after others know."""
+    hub, repository = server.app[hub_key], server.app[repository_key]
+    await until(lambda: hub.access.remembers)  # it listens
+    early, _ = await server.join(1)
+    read, asked, hold = repository._read, asyncio.Event(), asyncio.Event()
+
+    async def read_slowly(sql, parameters):
+        rows = await read(sql, parameters)
+        if not asked.is_set():
+            asked.set()
+            await hold.wait()
+        return rows
+
+    monkeypatch.setattr(repository, "_read", read_slowly)
+    comparing = [asyncio.ensure_future(hub.compare_with_log()) for _ in range(2)]
+    await asyncio.wait_for(asked.wait(), WAIT)
+    database.execute("TRUNCATE messages RESTART IDENTITY")
+    asyncio.get_running_loop().call_later(0.2, hold.set)
+    await asyncio.gather(*comparing)
+    assert await early.closed() == 1001
+    bob, _ = await server.join(2)
+    await hub.resync()
+    (new,) = database.insert("new")
+    assert (await bob.receive())["message_id"] == new
+
+
+async def test_database_that_goes_back_to_an_earlier_state_is_found(server, database):
+    """After a failover to a standby that was behind: new messages would have ids that all have passed."""
+    (alice, _), (bob, _) = await server.join(1), await server.join(2)
+    for n in range(3):
+        await alice.send(f"lost {n}")
+        assert (await alice.receive())["type"] == "ack"
+        assert (await bob.receive())["content"] == f"lost {n}"
+    database.execute("DELETE FROM messages; SELECT setval('messages_id_seq', 1)")
+    await server.app[hub_key].compare_with_log()
+    assert [await each.closed() for each in (alice, bob)] == [1001, 1001]
+    (alice, _), (bob, history) = await server.join(1), await server.join(2)
+    assert history == []
+    await server.app[hub_key].compare_with_log()
+    await alice.send("new")
+    assert (await bob.receive())["content"] == "new"
+
+
+async def test_row_of_one_who_looks_for_tables_elsewhere_goes_live(server, database):
+    bob, _ = await server.join(2)
+    database.execute("SET search_path = ''")
+    database.execute("INSERT INTO public.messages (channel_id, user_id, content) VALUES (1, 9, 'x')")
+    assert (await bob.receive())["content"] == "x"
 
 
 async def test_truncation_that_lets_ids_go_on_closes_nothing(server, database):

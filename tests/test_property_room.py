@@ -139,7 +139,10 @@ class FakeRepository:
     async def refusals(self, pairs):
         return dict.fromkeys(pairs)
 
-    async def ids_restarted(self):
+    async def unlocked(self, channel_ids):
+        return set(channel_ids)
+
+    async def ids_restarted(self, committed):
         restarted, self._restarted = self._restarted, False
         return restarted
 

@@ -14,6 +14,7 @@ from tollerchat.connection import FAILURES, Connection
 from tollerchat.database import open_connection
 from tollerchat.errors import Unavailable
 from tollerchat.hub import Hub
+from tollerchat.protocol import MAX_BIGINT
 from tollerchat.repository import Repository
 from tollerchat.saving import SERVERS_KEY
 from tollerchat.tasks import end_tasks
@@ -131,7 +132,9 @@ class PostgresBus:
             for argument in arguments:
                 channel_id, _, message_id = argument.partition(":")
                 if message_id:
-                    self._hub.hint(int(channel_id), int(message_id))
+                    if (newest := int(message_id)) > MAX_BIGINT:
+                        raise ValueError
+                    self._hub.hint(int(channel_id), newest)
                 else:
                     grown.add(int(channel_id))
         elif verb == "changed":

@@ -39,6 +39,7 @@ class Hub:
         self._config = config
         self._repository = repository
         self._lock = asyncio.Lock()
+        self._asking = asyncio.Lock()  # whether ids have started again
         self._leaving: set[asyncio.Task[None]] = set()
         self._empty = asyncio.Event()
         self._empty.set()
@@ -126,17 +127,24 @@ class Hub:
 
     async def compare_with_log(self) -> None:
         """Find what no hint told: compare all rooms with the log. Raises `Unavailable`."""
-        if await self._repository.ids_restarted():
-            self._restart()
+        async with self._asking:  # no answer shall overtake another one
+            committed = max((room.committed for room in self.rooms.values()), default=0)
+            if await self._repository.ids_restarted(committed):
+                self._restart()
         await self.compare(self.rooms)
 
     async def compare(self, channel_ids: Iterable[int]) -> None:
         """Compare some rooms, as far as they are here, with the log. Raises `Unavailable`."""
         if ours := self.rooms.keys() & channel_ids:
             now = time.monotonic()
+            # What was refused may be under way yet, for as long as a standby does not answer, say.
+            doubtful = [channel_id for channel_id in ours if self.rooms[channel_id].doubts]
+            settled = await self._repository.unlocked(doubtful) if doubtful else ()
             for channel_id, newest in (await self._repository.newest_ids(ours)).items():
                 if room := self.rooms.get(channel_id):
-                    room.compared(newest, now)
+                    room.hint(newest)
+                    if channel_id in settled and newest <= room.head:
+                        room.settle(now)
 
     def forget(self, channel_id: int) -> None:
         """Messages of a channel were deleted or changed."""

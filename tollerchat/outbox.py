@@ -15,8 +15,8 @@ from tollerchat.websocket import WebSocket
 
 __all__ = ("Outbox",)
 
-# Seconds after a refusal, in which PostgreSQL may store the message after all: it had it, and its answer was lost.
-LINGERS_FOR: Final = 5.0
+# Seconds after a refusal, in which PostgreSQL may begin to store the message after all.
+LINGERS_FOR: Final = 10.0
 
 
 class Outbox:
@@ -77,6 +77,11 @@ class Outbox:
     def owes(self) -> bool:
         """Whether there are answers that its cursor has not reached."""
         return bool(self._answers)
+
+    @property
+    def doubts(self) -> bool:
+        """Whether messages were refused, and may be stored all the same."""
+        return bool(self._doubts)
 
     @property
     def awaits(self) -> bool:

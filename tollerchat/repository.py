@@ -12,7 +12,7 @@ from tollerchat.connection import Connection, ConnectionWatch
 from tollerchat.database import TIME_FORMAT
 from tollerchat.errors import ChatError, Forbidden, NotFound, Unavailable
 from tollerchat.protocol import MAX_BIGINT, MAX_ID, OutgoingMessage
-from tollerchat.saving import NewMessage, Saver, SaveResult
+from tollerchat.saving import LOCK_KEY, NewMessage, Saver, SaveResult
 from tollerchat.session import Sessions
 
 __all__ = ("Repository",)
@@ -36,8 +36,18 @@ _NEWEST = """
         ORDER BY channel_id DESC, id DESC LIMIT 1
     ) FROM unnest(%s::int[]) AS asked (channel_id)"""
 
-# Of the sequence that ids come from: the file it is in, which is another one as soon as they start again.
-_SEQUENCE_FILE = "SELECT pg_relation_filenode(pg_get_serial_sequence('messages', 'id')::regclass)::bigint"
+# Of the sequence that ids come from: the file it is in, which is another one as soon as they start again; and the last
+# id, NULL where it cannot be told: by a role that may take ids, but not look at them.
+_SEQUENCE = """
+    SELECT pg_relation_filenode(sequence)::bigint,
+        CASE WHEN has_sequence_privilege(sequence, 'USAGE, SELECT')
+            THEN coalesce(pg_sequence_last_value(sequence), 0) END
+    FROM (SELECT pg_get_serial_sequence('messages', 'id')::regclass AS sequence) AS asked"""
+
+# Whoever stores a message of a channel holds its lock.
+_UNLOCKED = f"""
+    SELECT channel_id FROM unnest(%s::int[]) AS asked (channel_id)
+    WHERE pg_try_advisory_xact_lock_shared({LOCK_KEY}, channel_id)"""
 
 # What is asked whenever somebody joins is planned once for each connection: planning costs more than the answer.
 # The tables may be small then, and grow: LIMIT keeps the planner from joins that read all of one.
@@ -58,7 +68,7 @@ _PREPARE = f"""
         )
     FROM unnest($1, $2) AS asked (channel_id, user_id)
     LEFT JOIN LATERAL (SELECT id, is_private FROM channels WHERE id = asked.channel_id LIMIT 1) AS channel ON true;
-    {_SEQUENCE_FILE}"""
+    {_SEQUENCE}"""
 
 
 class Repository:
@@ -90,7 +100,7 @@ class Repository:
             self._readers.close()
 
     async def _prepare(self, connection: Connection) -> None:
-        ((sequence_file,),) = await connection.query(_PREPARE)
+        ((sequence_file, _),) = await connection.query(_PREPARE)
         if self._sequence_file is None:  # nothing was read before
             self._sequence_file = sequence_file
 
@@ -151,11 +161,18 @@ class Repository:
         rows = await self._read(_NEWEST, (MAX_BIGINT, list(channel_ids)))
         return {channel_id: newest or 0 for channel_id, newest in rows}
 
-    async def ids_restarted(self) -> bool:
-        """Whether ids have started again, since this was asked before or since the log was first read."""
-        rows = await self._read(_SEQUENCE_FILE, ())
-        before, self._sequence_file = self._sequence_file, rows[0][0]
-        return before != self._sequence_file
+    async def unlocked(self, channel_ids: Iterable[int]) -> set[int]:
+        """Those of the channels in which nobody is storing a message."""
+        return {channel_id for (channel_id,) in await self._read(_UNLOCKED, (list(channel_ids),))}
+
+    async def ids_restarted(self, committed: int) -> bool:
+        """Whether ids have started again, since this was asked before or since the log was first read.
+
+        Or have gone back behind one that was committed: the database is a backup, or a standby that was behind.
+        """
+        ((sequence_file, last_id),) = await self._read(_SEQUENCE, ())
+        before, self._sequence_file = self._sequence_file, sequence_file
+        return bool(before != sequence_file or (last_id is not None and last_id < committed))
 
     async def _read(self, sql: str, parameters: Any) -> list[tuple[Any, ...]]:
         assert self._readers is not None, "open() was not awaited"

@@ -70,6 +70,16 @@ class Room:
         return self.tail.head
 
     @property
+    def committed(self) -> int:
+        """The newest message id that a commit of this server has told."""
+        return self._committed
+
+    @property
+    def doubts(self) -> bool:
+        """Whether somebody's messages were refused, and may be stored all the same."""
+        return any(client.outbox is not None and client.outbox.doubts for client in self.clients)
+
+    @property
     def owes(self) -> bool:
         """Whether somebody waits for an ack that stands behind other messages."""
         return any(client.is_owed for client in self.clients)
@@ -149,13 +159,11 @@ class Room:
         self._heard = max(self._heard, message_id)
         self._pursue()
 
-    def compared(self, newest: int, compared_at: float) -> None:
-        """The newest id in the log was this, at that time by `time.monotonic()`, or later."""
-        self.hint(newest)
-        if newest <= self.head:
-            for client in self.clients:
-                if client.outbox is not None:
-                    client.outbox.settle(compared_at)
+    def settle(self, compared_at: float) -> None:
+        """All that the log had at that time, by `time.monotonic()`, has come up."""
+        for client in self.clients:
+            if client.outbox is not None:
+                client.outbox.settle(compared_at)
 
     def forget(self) -> None:
         """Messages were deleted or changed: do not send the old ones from memory."""
