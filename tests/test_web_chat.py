@@ -52,7 +52,18 @@ async def test_two_pages_chat(server, database):
             await expect(alice.locator(".message .content")).to_have_text(
                 ["from the history", "<b>hello</b>"]
             )
+            assert database.contents() == ["from the history", "<b>hello</b>"]
+
+            database.execute("TRUNCATE messages RESTART IDENTITY")
+            for page in (alice, bob):
+                await expect(page.locator(".message")).to_have_count(0)
+                await expect(page.locator("#status")).to_have_attribute("data-state", "online")
+            await bob.locator("#composer").type("under an id that was there before")
+            await bob.keyboard.press("Enter")
+            for page in (alice, bob):
+                await expect(page.locator(".message[data-message-id] .content")).to_have_text(
+                    ["under an id that was there before"]
+                )
             assert alice.problems == bob.problems == []
         finally:
             await browser.close()
-    assert database.contents() == ["from the history", "<b>hello</b>"]

@@ -236,6 +236,12 @@ const handlers = {
     announceSoon();
   },
 
+  reset() {
+    earliest = Infinity;
+    earlier.remove();
+    for (const node of log.querySelectorAll(".message[data-message-id]")) node.remove();
+  },
+
   message(message) {
     earliest = Math.min(earliest, message.message_id);
     place(messageNode(message));

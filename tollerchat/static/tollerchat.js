@@ -16,6 +16,7 @@
  *   state    {state, code, retryAt}  see State; retryAt (ms, as Date.now) while a new attempt is waited for
  *   ready    {user_id, last_message_id, gap, after}  history is complete; with gap, messages following id
  *            `after` were too many to be sent again
+ *   reset    the newest messages were deleted, or all, and ids may start again: forget all; the last ones come again
  *   message  {message_id, user_id, channel_id, content, created_at, own}  own: same user, maybe another device
  *   ack      {nonce, content, message_id, created_at}  the message is stored
  *   failed   {nonce, content, code, message}  the message was refused and will not be sent again by itself
@@ -295,8 +296,11 @@ export class TollerChat extends EventTarget {
   #ready({ user_id, last_message_id, gap }) {
     this.userId = user_id;
     if (last_message_id < this.#cursor) {
-      // The newest messages were deleted, or all of them, and ids have started again.
-      this.#cursor = last_message_id;
+      // What was known may be of ids that are given again.
+      this.#cursor = null;
+      this.#held.clear();
+      this.#emit("reset");
+      return this.#redial();
     }
     this.#advance(last_message_id);
     this.#timer("stable", () => (this.#reconnects = 0), STABLE_MS);
