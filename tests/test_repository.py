@@ -146,6 +146,7 @@ async def test_any_text_is_stored_as_it_is(config, database, conforming):
 async def test_query_that_is_cut_off_by_the_end_does_not_connect_again(config, database):
     repository = Repository(config)
     await repository.open()
+    await repository.newest_ids([1])  # the connection is there
     with contextlib.closing(psycopg2.connect(database.url)) as other, other.cursor() as cursor:
         cursor.execute("LOCK TABLE messages")
         query = asyncio.create_task(repository.newest_ids([1]))
