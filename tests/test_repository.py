@@ -8,7 +8,7 @@ import random
 import psycopg2
 import pytest
 
-from tests.support import WAIT, until
+from tests.support import until
 from tollerchat.errors import Unavailable
 from tollerchat.protocol import MAX_BIGINT
 from tollerchat.repository import Repository
@@ -154,7 +154,7 @@ async def test_query_that_is_cut_off_by_the_end_does_not_connect_again(config, d
         await until(lambda: database.execute(waiting) == [(1,)])
         repository.close()
         with pytest.raises(Unavailable):
-            await asyncio.wait_for(query, WAIT)
+            await asyncio.wait_for(query, config.db_timeout / 2)
     await until(lambda: database.execute(_CONNECTED) == [(0,)])
 
 
