@@ -662,6 +662,20 @@ async def test_database_that_goes_back_to_an_earlier_state_is_found(server, data
     assert (await bob.receive())["content"] == "new"
 
 
+async def test_restored_row_with_a_greater_id_is_not_taken_for_the_present(server, database):
+    """Its id is no sign that the sequence went back, also where its sender is told it again."""
+    database.execute(
+        "SET session_replication_role = replica;"  # no triggers, as in a restore
+        "INSERT INTO messages (id, channel_id, user_id, content, nonce) VALUES (1000, 1, 1, 'restored', 'n');"
+        "RESET session_replication_role"
+    )
+    alice, _ = await server.join(1)
+    await alice.send("restored", nonce="n")
+    assert (await alice.receive())["message_id"] == 1000
+    await server.app[hub_key].compare_with_log()
+    assert await alice.settled() == []
+
+
 async def test_row_of_one_who_looks_for_tables_elsewhere_goes_live(server, database):
     bob, _ = await server.join(2)
     database.execute("SET search_path = ''")

@@ -142,7 +142,7 @@ class FakeRepository:
     async def unlocked(self, channel_ids):
         return set(channel_ids)
 
-    async def ids_restarted(self, committed):
+    async def ids_restarted(self, stored):
         restarted, self._restarted = self._restarted, False
         return restarted
 

@@ -128,8 +128,8 @@ class Hub:
     async def compare_with_log(self) -> None:
         """Find what no hint told: compare all rooms with the log. Raises `Unavailable`."""
         async with self._asking:  # no answer shall overtake another one
-            committed = max((room.committed for room in self.rooms.values()), default=0)
-            if await self._repository.ids_restarted(committed):
+            stored = max((room.stored for room in self.rooms.values()), default=0)
+            if await self._repository.ids_restarted(stored):
                 self._restart()
         await self.compare(self.rooms)
 

@@ -165,14 +165,14 @@ class Repository:
         """Those of the channels in which nobody is storing a message."""
         return {channel_id for (channel_id,) in await self._read(_UNLOCKED, (list(channel_ids),))}
 
-    async def ids_restarted(self, committed: int) -> bool:
+    async def ids_restarted(self, stored: int) -> bool:
         """Whether ids have started again, since this was asked before or since the log was first read.
 
-        Or have gone back behind one that was committed: the database is a backup, or a standby that was behind.
+        Or have gone back behind one that was stored: the database is a backup, or a standby that was behind.
         """
         ((sequence_file, last_id),) = await self._read(_SEQUENCE, ())
         before, self._sequence_file = self._sequence_file, sequence_file
-        return bool(before != sequence_file or (last_id is not None and last_id < committed))
+        return bool(before != sequence_file or (last_id is not None and last_id < stored))
 
     async def _read(self, sql: str, parameters: Any) -> list[tuple[Any, ...]]:
         assert self._readers is not None, "open() was not awaited"

@@ -45,6 +45,7 @@ class Room:
         # Those whose cursor is `head`, each with the descriptor that may be written to, or -1: most of what it costs to
         # deliver is memory that has to be fetched, so of a client that only listens nothing is touched.
         self.live: dict[Client, int] = {}
+        self.stored = 0  # the newest id of a message that this server stored, since ids started
         self.tail = Tail(history_size)  # of the log, up to what the live clients were given
         self._repository = repository
         self._history_size = history_size
@@ -68,11 +69,6 @@ class Room:
     def head(self) -> int:
         """The newest message id that the live clients were given."""
         return self.tail.head
-
-    @property
-    def committed(self) -> int:
-        """The newest message id that a commit of this server has told."""
-        return self._committed
 
     @property
     def doubts(self) -> bool:
@@ -145,6 +141,7 @@ class Room:
             if message_id > self._committed:
                 self._committed = message_id
             if not each.repeated:
+                self.stored = message_id
                 follows = follows and each.previous <= head
                 # Or somebody else wrote in between: the rest is read from the log; or it was read from there already.
                 if follows and message_id > head:
@@ -178,7 +175,7 @@ class Room:
         """The log was emptied, and its ids may start again; all who are in the room are being closed."""
         self._loaded = False
         self._generation += 1
-        self._committed = self._heard = self._target = 0
+        self.stored = self._committed = self._heard = self._target = 0
         self.forget()
         self.tail.restart()
 
