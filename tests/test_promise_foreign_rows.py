@@ -645,21 +645,48 @@ async def test_stale_answer_about_ids_closes_nobody_again(server, database, monk
     assert (await bob.receive())["message_id"] == new
 
 
-async def test_database_that_goes_back_to_an_earlier_state_is_found(server, database):
+@pytest.mark.parametrize("listens_only", [False, True])
+async def test_database_that_goes_back_to_an_earlier_state_is_found(serve, config, database, listens_only):
     """After a failover to a standby that was behind: new messages would have ids that all have passed."""
+    writes = await serve(config)
+    server = await serve(config) if listens_only else writes
+    (alice, _), (bob, _) = await writes.join(1), await server.join(2)
+    for n in range(3):
+        await alice.send(f"lost {n}")
+        assert (await alice.receive())["type"] == "ack"
+        assert (await bob.receive())["content"] == f"lost {n}"
+    database.execute("DELETE FROM messages; SELECT setval('messages_id_seq', 1)")
+    for each in (writes, server):
+        await each.app[hub_key].compare_with_log()
+    assert [await each.closed() for each in (alice, bob)] == [1001, 1001]
+    (alice, _), (bob, history) = await writes.join(1), await server.join(2)
+    assert history == []
+    await server.app[hub_key].compare_with_log()
+    await alice.send("new")
+    assert (await bob.receive())["content"] == "new"
+
+
+async def test_message_that_gets_an_id_from_before_tells_that_ids_went_back(server, database):
     (alice, _), (bob, _) = await server.join(1), await server.join(2)
     for n in range(3):
         await alice.send(f"lost {n}")
         assert (await alice.receive())["type"] == "ack"
         assert (await bob.receive())["content"] == f"lost {n}"
     database.execute("DELETE FROM messages; SELECT setval('messages_id_seq', 1)")
-    await server.app[hub_key].compare_with_log()
-    assert [await each.closed() for each in (alice, bob)] == [1001, 1001]
-    (alice, _), (bob, history) = await server.join(1), await server.join(2)
-    assert history == []
-    await server.app[hub_key].compare_with_log()
     await alice.send("new")
-    assert (await bob.receive())["content"] == "new"
+    assert await bob.closed() == 1001
+    _, history = await server.join(2)
+    assert [frame["content"] for frame in history] == ["new"]
+
+
+@pytest.mark.parametrize("is_called", ["true", "false"])
+async def test_sequence_that_is_set_to_where_it_is_closes_nobody(server, database, is_called):
+    alice, _ = await server.join(1)
+    await alice.send("first")
+    assert (await alice.receive())["type"] == "ack"
+    database.execute(f"SELECT setval('messages_id_seq', (SELECT max(id) + 1 FROM messages), {is_called})")
+    await server.app[hub_key].compare_with_log()
+    assert await alice.settled() == []
 
 
 async def test_restored_row_with_a_greater_id_is_not_taken_for_the_present(server, database):

@@ -153,6 +153,20 @@ async def test_schema_can_be_applied_while_others_are_at_work(database, first, v
     await applying
 
 
+def test_schema_can_be_applied_by_one_who_does_not_own_the_users(database):
+    role = f"role_{uuid.uuid4().hex}"
+    database.execute(f"CREATE ROLE {role} LOGIN; GRANT ALL ON SCHEMA public TO {role}")
+    database.execute(f"GRANT SELECT, REFERENCES, TRIGGER ON users TO {role}")
+    try:
+        for table in ("messages", "channels", "channel_users", "tollerchat_servers"):
+            database.execute(f"ALTER TABLE IF EXISTS {table} OWNER TO {role}")
+        for (function,) in database.execute("SELECT proname FROM pg_proc WHERE proname LIKE 'tollerchat%'"):
+            database.execute(f"ALTER FUNCTION {function}() OWNER TO {role}")
+        psql(re.sub("//[^@]*@", f"//{role}@", database.url), read_schema())
+    finally:
+        database.execute(f"DROP OWNED BY {role} CASCADE; DROP ROLE {role}")
+
+
 def test_trigger_that_notified_of_what_servers_store_is_dropped(database):
     database.execute(
         """CREATE FUNCTION tollerchat_messages_inserted() RETURNS trigger LANGUAGE plpgsql AS

@@ -10,8 +10,9 @@ import pytest
 
 from tests.raw_client import client_frame
 from tests.support import WAIT
+from tollerchat import turns as turns_module
 from tollerchat.turns import Turns
-from tollerchat.websocket import BUFFER_LIMIT, WebSocket
+from tollerchat.websocket import BUFFER_LIMIT, FRAMES, WebSocket
 
 ANSWER = b"answer" * 200_000
 CLOSE_1000 = b"\x88\x82\0\0\0\0\x03\xe8"
@@ -150,6 +151,33 @@ async def test_busy_listener_hears_the_rest_later(listener, transport, end):
     await turns()
     assert listener.heard == texts + (["lost"] if end == "loss" else [])
     assert transport.write.called == (end == "nonsense")  # a close frame
+
+
+async def test_many_small_frames_are_heard_in_turns(listener, monkeypatch):
+    """Or each of those who send them would keep the loop from all others."""
+    monkeypatch.setattr(turns_module, "BUDGET", 0)
+    listener.websocket.data_received(client_frame(b"") * 600)
+    most = 0
+    while len(listener.heard) < 600:
+        before = len(listener.heard)
+        await asyncio.sleep(0)
+        most = max(most, len(listener.heard) - before)
+    assert most <= FRAMES
+
+
+@pytest.mark.parametrize("patience", [None, 1])
+async def test_frame_that_cannot_be_dealt_with_ends_the_connection(listener, transport, patience):
+    """Also where it had to wait for its turn."""
+    listener.patience = patience
+    websocket, received = listener.websocket, listener.received
+    listener.received = mock.Mock(side_effect=lambda text: received(text) if text == "good" else 1 / 0)
+    websocket.data_received(client_frame(b"good") + client_frame(b"bad") + client_frame(b"good"))
+    await turns()
+    listener.patience = None
+    websocket.read_on()
+    await turns()
+    assert listener.heard == ["good"]
+    assert [call.args[0][:4] for call in transport.write.call_args_list] == [b"\x88\x10\x03\xf3"]
 
 
 async def test_nothing_is_heard_behind_a_close_frame(listener, transport):

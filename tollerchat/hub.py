@@ -40,6 +40,7 @@ class Hub:
         self._repository = repository
         self._lock = asyncio.Lock()
         self._asking = asyncio.Lock()  # whether ids have started again
+        self._told = 0  # the newest message id that another server told
         self._leaving: set[asyncio.Task[None]] = set()
         self._empty = asyncio.Event()
         self._empty.set()
@@ -100,8 +101,8 @@ class Hub:
 
     def broadcast(self, channel_id: int, messages: Sequence[Saved]) -> None:
         """Give committed messages, in the order of their batch, to all clients of the channel but their senders."""
-        if room := self.rooms.get(channel_id):
-            room.commit(messages)
+        if (room := self.rooms.get(channel_id)) and not room.commit(messages):
+            self._restart()
 
     async def newest_id(self, channel_id: int) -> int:
         """The newest message id of a channel in the log. Raises `Unavailable`."""
@@ -112,7 +113,8 @@ class Hub:
         return await self._repository.nth_newest_id(channel_id, after, until, self._config.max_replay)
 
     def hint(self, channel_id: int, message_id: int) -> None:
-        """Somebody says that a channel's log has grown to `message_id`."""
+        """Another server says that a channel's log has grown to `message_id`."""
+        self._told = max(self._told, message_id)
         if room := self.rooms.get(channel_id):
             room.hint(message_id)
 
@@ -128,7 +130,7 @@ class Hub:
     async def compare_with_log(self) -> None:
         """Find what no hint told: compare all rooms with the log. Raises `Unavailable`."""
         async with self._asking:  # no answer shall overtake another one
-            stored = max((room.stored for room in self.rooms.values()), default=0)
+            stored = max(self._told, *(room.stored for room in self.rooms.values()), 0)
             if await self._repository.ids_restarted(stored):
                 self._restart()
         await self.compare(self.rooms)
@@ -154,6 +156,7 @@ class Hub:
     def _restart(self) -> None:
         """Ids have started again: everybody has to, too."""
         self.access.forget()
+        self._told = 0
         for client in self._clients():
             client.close(CloseCode.GOING_AWAY, "the database was emptied: connect again")
         for room in self.rooms.values():  # which live on if somebody is slow to leave

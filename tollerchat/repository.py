@@ -37,11 +37,11 @@ _NEWEST = """
     ) FROM unnest(%s::int[]) AS asked (channel_id)"""
 
 # Of the sequence that ids come from: the file it is in, which is another one as soon as they start again; and the last
-# id, NULL where it cannot be told: by a role that may take ids, but not look at them.
+# id, NULL where it cannot be told: before the first, or by a role that may take ids, but not look at them.
 _SEQUENCE = """
     SELECT pg_relation_filenode(sequence)::bigint,
         CASE WHEN has_sequence_privilege(sequence, 'USAGE, SELECT')
-            THEN coalesce(pg_sequence_last_value(sequence), 0) END
+            THEN pg_sequence_last_value(sequence) END
     FROM (SELECT pg_get_serial_sequence('messages', 'id')::regclass AS sequence) AS asked"""
 
 # Whoever stores a message of a channel holds its lock.

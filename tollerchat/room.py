@@ -128,11 +128,14 @@ class Room:
         self._pursue()
         self._tell_progress()
 
-    def commit(self, saved: Sequence[Saved]) -> None:
-        """Take what this server committed, in id order, and what it found committed under the same nonces."""
+    def commit(self, saved: Sequence[Saved]) -> bool:
+        """Take what this server committed, in id order, and what it found committed under the same nonces.
+
+        False if it cannot be: ids have gone back.
+        """
         if self._begun_in != self._generation:  # it may be of a log that is gone
             self.hint(max(each.message.message_id for each in saved))
-            return
+            return True
         following: list[OutgoingMessage] = []
         head = self.tail.head
         follows = self._loaded
@@ -141,6 +144,8 @@ class Room:
             if message_id > self._committed:
                 self._committed = message_id
             if not each.repeated:
+                if message_id <= self.stored:
+                    return False
                 self.stored = message_id
                 follows = follows and each.previous <= head
                 # Or somebody else wrote in between: the rest is read from the log; or it was read from there already.
@@ -150,6 +155,7 @@ class Room:
         if following:
             self._extend(following)
         self._target = max(self._target, self._committed)
+        return True
 
     def hint(self, message_id: int) -> None:
         """Somebody says that the log has grown to `message_id`. May be late, doubled or out of order."""

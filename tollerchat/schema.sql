@@ -49,7 +49,8 @@ CREATE UNLOGGED TABLE IF NOT EXISTS tollerchat_servers (
 );
 
 -- All locks at once, or none, and then again: who waits for a lock stops all who come behind, and who has one and
--- waits for another can deadlock. Readers are in the way only of an upgrade.
+-- waits for another can deadlock. It waits a little longer each time, for those who never leave a gap. Readers are in
+-- the way only of an upgrade; and who may not lock all tables gets the locks below one by one.
 DO $$
 DECLARE
     is_upgrade CONSTANT boolean := EXISTS (
@@ -59,14 +60,20 @@ DECLARE
     );
     mode CONSTANT text := CASE WHEN is_upgrade THEN 'ACCESS EXCLUSIVE' ELSE 'SHARE ROW EXCLUSIVE' END;
     lock_timeout CONSTANT text := current_setting('lock_timeout');
+    patience int := 200;  -- milliseconds
 BEGIN
     LOOP
         BEGIN
-            PERFORM set_config('lock_timeout', '200ms', true);
+            PERFORM set_config('lock_timeout', patience || 'ms', true);
             EXECUTE format('LOCK TABLE users, channels, channel_users, messages IN %s MODE', mode);
             EXIT;
-        EXCEPTION WHEN lock_not_available THEN
-            PERFORM pg_sleep(0.5);
+        EXCEPTION
+            WHEN insufficient_privilege THEN
+                EXIT;
+            WHEN lock_not_available OR deadlock_detected THEN
+                RAISE NOTICE 'the tables are in use: trying again to lock them';
+                PERFORM pg_sleep(0.5);
+                patience := least(patience * 1.5, 5000);
         END;
     END LOOP;
     PERFORM set_config('lock_timeout', lock_timeout, true);

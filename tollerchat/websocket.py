@@ -25,6 +25,7 @@ BUFFER_LIMIT: Final = 64 * 1024
 SEND_BUFFER: Final = 128 * 1024  # bytes in the kernel, for one connection
 CLOSE_TIMEOUT: Final = 2.0  # seconds for the closing handshake; then the connection is aborted
 SLICE: Final = 4096  # bytes parsed at a time
+FRAMES: Final = 64  # taken at a time: there may be thousands in a slice
 # Bytes that may wait to be parsed; beyond, it is not read. To stop and go on costs as much as a short message does, so
 # it is more than one long one.
 UNPARSED: Final = 16 * 1024
@@ -67,6 +68,7 @@ class WebSocket(asyncio.Protocol):
 
     __slots__ = (
         "_abort_timer",
+        "_budget",
         "_closing",
         "_descriptor",
         "_direct",
@@ -101,7 +103,8 @@ class WebSocket(asyncio.Protocol):
         self._abort_timer: asyncio.TimerHandle | None = None
         self._held: list[bytes] | None = None  # what is written between hold() and release()
         self._unparsed = b""
-        # Frames that were parsed while the listener was busy, and errors in the place of a frame; rarely made.
+        self._budget = 0  # frames that may be taken yet in this turn
+        # Frames that were parsed, but not taken in their turn, and errors in the place of a frame; rarely made.
         self._pending: list[WSMessage | BaseException] | None = None
         self._descriptor = _descriptor(transport)
         self._direct = False  # nothing is in the way of a write: the system can be called at once
@@ -156,10 +159,14 @@ class WebSocket(asyncio.Protocol):
     def parse(self) -> None:
         """Hand some of what was received to the listener, until it is busy; the rest is for later turns."""
         self.hold()
+        self._budget = FRAMES
         if self._pending:
             pending, self._pending = self._pending, None
             for frame in pending:
-                self._parsed(frame)
+                try:
+                    self._parsed(frame)
+                except Exception as exc:  # as aiohttp's parser does
+                    self._failed(exc)
         elif data := self._unparsed:
             self._unparsed = data[SLICE:]
             self._reader.feed_data(data[:SLICE])
@@ -184,8 +191,9 @@ class WebSocket(asyncio.Protocol):
         self._listener.read_pump()
 
     def _parsed(self, frame: WSMessage | BaseException) -> None:
-        """Have a frame, or the error in its place, dealt with; later, if the listener is busy."""
-        if self._pending or self._listener.is_busy():
+        """Have a frame, or the error in its place, dealt with; later, if the turn is over or the listener is busy."""
+        self._budget -= 1
+        if self._pending or self._budget < 0 or self._listener.is_busy():
             self._pending = self._pending or []
             self._pending.append(frame)
         elif isinstance(frame, BaseException):

@@ -239,6 +239,8 @@ const handlers = {
   reset() {
     earliest = Infinity;
     earlier.remove();
+    log.setAttribute("aria-live", "off"); // what comes again is not news
+    countUnseen(0);
     for (const node of log.querySelectorAll(".message[data-message-id]")) node.remove();
   },
 
