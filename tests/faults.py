@@ -359,11 +359,12 @@ class Proxy:
         while True:
             server, _ = await asyncio.get_running_loop().sock_accept(self._listener)
             server.setblocking(False)
-            self._start(self._serve(server))
+            # Not in the task itself, which may be cancelled before it begins.
+            self._start(self._serve(server)).add_done_callback(lambda _, server=server: server.close())
 
     async def _serve(self, server):
         losing = asyncio.Event()
-        with server, _unix_socket() as database, contextlib.suppress(OSError):
+        with _unix_socket() as database, contextlib.suppress(OSError):
             if self.down:
                 return
             await asyncio.get_running_loop().sock_connect(database, self._path)
