@@ -128,9 +128,8 @@ async def test_what_was_lost_is_not_taken_for_the_same_text_of_another_connectio
     database.execute("DROP FUNCTION stall CASCADE")
     hub = server.app[hub_key]
     with contextlib.closing(psycopg2.connect(database.url)) as holder, holder.cursor() as cursor:
-        cursor.execute(
-            "SELECT pg_advisory_xact_lock(%s, 1)", (LOCK_KEY,)
-        )  # for all we know, it is being stored yet
+        # While somebody has the lock, it may be being stored yet.
+        cursor.execute("SELECT pg_advisory_xact_lock(%s, 1)", (LOCK_KEY,))
         await hub.compare_with_log()
         assert hub.rooms[1].doubts
     await hub.compare_with_log()

@@ -645,17 +645,22 @@ async def test_stale_answer_about_ids_closes_nobody_again(server, database, monk
     assert (await bob.receive())["message_id"] == new
 
 
+async def go_back(database, alice, bob):
+    """The database forgets what Alice has told Bob, and gives the ids again."""
+    for n in range(3):
+        await alice.send(f"lost {n}")
+        assert (await alice.receive())["type"] == "ack"
+        assert (await bob.receive())["content"] == f"lost {n}"
+    database.execute("DELETE FROM messages; SELECT setval('messages_id_seq', 1)")
+
+
 @pytest.mark.parametrize("listens_only", [False, True])
 async def test_database_that_goes_back_to_an_earlier_state_is_found(serve, config, database, listens_only):
     """After a failover to a standby that was behind: new messages would have ids that all have passed."""
     writes = await serve(config)
     server = await serve(config) if listens_only else writes
     (alice, _), (bob, _) = await writes.join(1), await server.join(2)
-    for n in range(3):
-        await alice.send(f"lost {n}")
-        assert (await alice.receive())["type"] == "ack"
-        assert (await bob.receive())["content"] == f"lost {n}"
-    database.execute("DELETE FROM messages; SELECT setval('messages_id_seq', 1)")
+    await go_back(database, alice, bob)
     for each in (writes, server):
         await each.app[hub_key].compare_with_log()
     assert [await each.closed() for each in (alice, bob)] == [1001, 1001]
@@ -668,11 +673,7 @@ async def test_database_that_goes_back_to_an_earlier_state_is_found(serve, confi
 
 async def test_message_that_gets_an_id_from_before_tells_that_ids_went_back(server, database):
     (alice, _), (bob, _) = await server.join(1), await server.join(2)
-    for n in range(3):
-        await alice.send(f"lost {n}")
-        assert (await alice.receive())["type"] == "ack"
-        assert (await bob.receive())["content"] == f"lost {n}"
-    database.execute("DELETE FROM messages; SELECT setval('messages_id_seq', 1)")
+    await go_back(database, alice, bob)
     await alice.send("new")
     assert await bob.closed() == 1001
     _, history = await server.join(2)

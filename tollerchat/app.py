@@ -153,6 +153,7 @@ async def drain(app: web.Application) -> None:
         return
     hub.draining = True
     try:
+        # In the end, it waits for those who are behind in the log.
         await asyncio.wait_for(app[writer_key].flush(0.5 * timeout), 0.6 * timeout)
     except asyncio.TimeoutError:
         logger.error("shutting down with messages whose senders have no answer: the database does not do")

@@ -40,7 +40,7 @@ class Hub:
         self._repository = repository
         self._lock = asyncio.Lock()
         self._asking = asyncio.Lock()  # whether ids have started again
-        self._told = 0  # the newest message id that another server told
+        self._told = 0  # the newest message id that a server told
         self._leaving: set[asyncio.Task[None]] = set()
         self._empty = asyncio.Event()
         self._empty.set()
@@ -113,7 +113,7 @@ class Hub:
         return await self._repository.nth_newest_id(channel_id, after, until, self._config.max_replay)
 
     def hint(self, channel_id: int, message_id: int) -> None:
-        """Another server says that a channel's log has grown to `message_id`."""
+        """A server says that a channel's log has grown to `message_id`."""
         self._told = max(self._told, message_id)
         if room := self.rooms.get(channel_id):
             room.hint(message_id)
