@@ -17,7 +17,7 @@ from tollerchat.tail import encode_all, page_of
 
 
 class Socket:
-    closing = False
+    busy = closing = False
 
     def __init__(self):
         self.written = []

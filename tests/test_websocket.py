@@ -11,8 +11,9 @@ import pytest
 from tests.raw_client import client_frame
 from tests.support import WAIT
 from tollerchat import turns as turns_module
+from tollerchat.inbox import FRAMES
 from tollerchat.turns import Turns
-from tollerchat.websocket import BUFFER_LIMIT, FRAMES, WebSocket
+from tollerchat.websocket import BUFFER_LIMIT, WebSocket
 
 ANSWER = b"answer" * 200_000
 CLOSE_1000 = b"\x88\x82\0\0\0\0\x03\xe8"
@@ -28,15 +29,9 @@ class Listener:
         self.descriptors = []  # when they changed
         self.patience = None  # how much it hears until it is busy
 
-    def read_pump(self):
-        if not self.is_busy():
-            self.websocket.parse()
-
-    def is_busy(self):
-        return self.patience is not None and len(self.heard) >= self.patience
-
-    def received(self, text):
+    def read_pump(self, text):
         self.heard.append(text)
+        self.websocket.busy = self.patience is not None and len(self.heard) >= self.patience
 
     def descriptor_changed(self):
         self.descriptors.append(self.websocket.descriptor)
@@ -140,6 +135,7 @@ async def test_busy_listener_hears_the_rest_later(listener, transport, end):
     websocket.data_received(b"".join(client_frame(text.encode()) for text in texts) + nonsense)
     for patience in (10, 50):
         listener.patience = patience
+        websocket.busy = False
         websocket.read_on()
         await turns()
         assert listener.heard == texts[:patience]
@@ -147,6 +143,7 @@ async def test_busy_listener_hears_the_rest_later(listener, transport, end):
         websocket.connection_lost(None)
     assert not transport.write.called
     listener.patience = None
+    websocket.busy = False
     websocket.read_on()
     await turns()
     assert listener.heard == texts + (["lost"] if end == "loss" else [])
@@ -169,11 +166,12 @@ async def test_many_small_frames_are_heard_in_turns(listener, monkeypatch):
 async def test_frame_that_cannot_be_dealt_with_ends_the_connection(listener, transport, patience):
     """Also where it had to wait for its turn."""
     listener.patience = patience
-    websocket, received = listener.websocket, listener.received
-    listener.received = mock.Mock(side_effect=lambda text: received(text) if text == "good" else 1 / 0)
+    websocket, received = listener.websocket, listener.read_pump
+    listener.read_pump = mock.Mock(side_effect=lambda text: received(text) if text == "good" else 1 / 0)
     websocket.data_received(client_frame(b"good") + client_frame(b"bad") + client_frame(b"good"))
     await turns()
     listener.patience = None
+    websocket.busy = False
     websocket.read_on()
     await turns()
     assert listener.heard == ["good"]

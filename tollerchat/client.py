@@ -146,7 +146,7 @@ class Client:
             self._go_live()
         else:
             self.fall_behind(self._cursor)
-        self.read_pump()
+        websocket.read_on()
 
     def close(self, code: int, reason: str) -> None:
         """Close the connection, in the background; the first caller decides the code."""
@@ -203,23 +203,8 @@ class Client:
 
     # -- from the client ---------------------------------------------------------------------------
 
-    def read_pump(self) -> None:
-        """Take some of what came, unless too much of this client is under way."""
-        websocket = self._socket
-        assert websocket is not None
-        if not self.is_busy():
-            websocket.parse()
-
-    def is_busy(self) -> bool:
-        """Whether too much is under way: messages to the database, or answers to it."""
-        websocket = self._socket
-        assert websocket is not None
-        if self.outbox is not None and self.outbox.full:
-            return not websocket.deaf
-        return websocket.full and not websocket.closing
-
-    def received(self, text: str) -> None:
-        """A frame of the client."""
+    def read_pump(self, text: str) -> None:
+        """Take a frame of the client: decode and check it, and hand messages to the writer."""
         try:
             incoming = parse(text)
             if isinstance(incoming, IncomingMessage):
@@ -231,26 +216,27 @@ class Client:
         except ChatError as exc:
             self.write(error_frame(exc, exc.nonce))
 
-    def received_binary(self) -> None:
+    def binary_received(self) -> None:
         """A frame that is not text."""
         self.write(error_frame(InvalidFrame("binary frames are not understood: send text frames")))
 
     def _on_message(self, frame: IncomingMessage) -> None:
-        if self.outbox is None:
+        if (outbox := self.outbox) is None:
             assert self._socket is not None
-            self.outbox = Outbox(self._socket, self.user_id, self._config.max_in_flight, v1=self.v1)
+            outbox = Outbox(self._socket, self.user_id, self._config.max_in_flight, v1=self.v1)
+            self.outbox = outbox
         message = NewMessage(self.channel_id, self.user_id, frame.content, frame.nonce)
         try:
-            if self.outbox.is_refusing:
+            if outbox.is_refusing:
                 raise Unavailable("a message before it was refused: send both again later")
-            self._writer.submit(message, self.outbox)
+            self._writer.submit(message, outbox)
         except Unavailable as exc:
-            self.outbox.refuse(exc, frame.nonce)
+            outbox.refuse(exc, frame.nonce)
         else:
-            cursor, live = self._cursor, self._room.live
-            if self in live:
-                cursor, live[self] = self._room.head, -1  # its own message is not for it
-            self.outbox.sent(frame.content, frame.nonce, cursor)
+            cursor, room = self._cursor, self._room
+            if self in room.live:
+                cursor, room.live[self] = room.head, -1  # its own message is not for it
+            outbox.sent(frame.content, frame.nonce, cursor)
 
     def _on_typing(self) -> None:
         assert self._socket is not None
@@ -277,16 +263,18 @@ class Client:
         if self._socket is not None and not self._socket.full:
             self._socket.write(data)
 
-    def deliver(self, page: Page, written: int) -> bool:
-        """Give a live client what was committed, of which some bytes may be written; false if it lags."""
+    def deliver(self, page: Page, written: int) -> int | None:
+        """Give a live client what was committed, of which some bytes may be written.
+
+        Returns where the room may write from now on, as in `Room.live`; None if it lags.
+        """
         websocket = self._socket
         assert websocket is not None
         if websocket.full:
-            return False
+            return None
         if data := self._others(page)[written:]:
             websocket.write(data)
-        self.descriptor_changed()
-        return True
+        return self._descriptor()
 
     def descriptor_changed(self) -> None:
         """Tell the room whether it may still write by itself."""

@@ -59,14 +59,9 @@ class Outbox:
         self._late: list[bytes] = []
 
     @property
-    def full(self) -> bool:
-        """Whether as many messages are under way as may be."""
-        return self._in_flight + len(self._late) >= self._max_in_flight
-
-    @property
     def idle(self) -> bool:
         """Whether all that follows in the log is another's, and no answer is to be put in its place."""
-        return not (self._in_flight or self.own or self.awaits)
+        return not (self._in_flight or self.own or self._unsettled or self._doubts)
 
     @property
     def is_refusing(self) -> bool:
@@ -92,6 +87,7 @@ class Outbox:
         """A message is under way; `cursor` is where its sender is in the log."""
         self._cursor = cursor
         self._in_flight += 1
+        self._stop_if_full()
         if nonce is not None:
             sent = (nonce, hash(content))
             self._unsettled.add(sent)
@@ -102,8 +98,14 @@ class Outbox:
         """A message was not taken; it is told in its turn, because without a nonce only the order can tell which."""
         if self._in_flight:
             self._late.append(error_frame(error, nonce))
+            self._stop_if_full()
         else:
             self._socket.write(error_frame(error, nonce))
+
+    def _stop_if_full(self) -> None:
+        """Take nothing more from the client while as many messages are under way as may be."""
+        if self._in_flight + len(self._late) >= self._max_in_flight:
+            self._socket.busy = True
 
     def stored(self, saved: Saved, nonce: str | None) -> None:
         """The message is committed: it is not to be sent to its sender, but its ack, in its place."""
@@ -131,28 +133,31 @@ class Outbox:
             until = MAX_BIGINT if self._socket.closing else self._cursor
             taken = self._take_answers(until)
             # While the log cannot be read, acks wait; a refusal that can be told apart need not.
-            for answer in [each for each in self._answers if each[2]]:
-                self._answers.remove(answer)
-                taken += self._answered(answer[1])
+            if refusals := [each for each in self._answers if each[2]]:
+                self._answers = deque(each for each in self._answers if not each[2])
+                taken += self._answered([data for _, data, _ in refusals])
             if data := b"".join(taken):
                 self._socket.write(data)
 
     def _take_answers(self, message_id: int) -> list[bytes]:
         """The answers whose place is not behind this id."""
         taken: list[bytes] = []
-        while self._answers and self._answers[0][0] <= message_id:
-            taken += self._answered(self._answers.popleft()[1])
-        return taken
+        answers = self._answers
+        while answers and answers[0][0] <= message_id:
+            taken.append(answers.popleft()[1])
+        return self._answered(taken)
 
-    def _answered(self, answer: bytes) -> list[bytes]:
-        """What is to be written for an answer: with the last one, the refusals that waited for it."""
-        if self.full:
-            self._socket.read_on()  # it was not read meanwhile
-        self._in_flight -= 1
-        late: list[bytes] = []
-        if not self._in_flight:
-            late, self._late = self._late, late
-        return [answer, *late]
+    def _answered(self, answers: list[bytes]) -> list[bytes]:
+        """What is to be written for answers: behind the last one, the refusals that waited for it."""
+        if answers:
+            self._in_flight -= len(answers)
+            if self._socket.busy:
+                self._socket.busy = False
+                self._socket.read_on()
+            if self._late and not self._in_flight:
+                answers += self._late
+                self._late = []
+        return answers
 
     def recognise(self, messages: Sequence[OutgoingMessage], nonces: Mapping[int, str]) -> None:
         """Find its messages of unknown fate among new ones from the log; `nonces` are by message id."""

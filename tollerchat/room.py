@@ -288,8 +288,10 @@ class Room:
             except OSError:  # it is full, or broken: the transport will see which
                 pass
             try:
-                if not client.deliver(page, written):
+                if (changed := client.deliver(page, written)) is None:
                     lagging.append(client)
+                else:
+                    self.live[client] = changed
             except Exception:  # the rows are stored: one bad connection must not keep them from the others
                 logger.exception("channel %d: a connection failed and was aborted", self.channel_id)
                 client.abort()

@@ -59,7 +59,7 @@ class Tail:
         """The log has grown by this."""
         self.head = page.cursor
         self._since = None
-        self._keep(page.frames)
+        self._keep(page.frames, len(page.blob))
 
     def fill(self, frames: list[LogFrame], until: int) -> None:
         """Put what the log has up to `until` ahead of what came behind it.
@@ -70,7 +70,7 @@ class Tail:
         frames.extend(frame for frame in self._frames if frame[0] > until)
         self.forget()
         self.floor = floor
-        self._keep(frames)
+        self._keep(frames, sum(len(data) for _, data in frames))
 
     def forget(self) -> None:
         """Nothing of what is kept is to be sent any more."""
@@ -84,9 +84,9 @@ class Tail:
         self.head = 0
         self.forget()
 
-    def _keep(self, frames: Sequence[LogFrame]) -> None:
+    def _keep(self, frames: Sequence[LogFrame], size: int) -> None:
         self._frames.extend(frames)
-        self._size += sum([len(data) for _, data in frames])
+        self._size += size
         while len(self._frames) > MAX_FRAMES or (
             self._size > MAX_BYTES and len(self._frames) > self._history_size
         ):

@@ -6,12 +6,12 @@ import asyncio
 import logging
 import os
 import socket
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from aiohttp import WSCloseCode, web
-from aiohttp._websocket.reader import WebSocketDataQueue  # the only place to hook into the parser
-from aiohttp.http import WebSocketError, WebSocketReader, WSMessage, WSMsgType
+from aiohttp.http import WebSocketError, WSMessage, WSMsgType
 
+from tollerchat.inbox import Inbox
 from tollerchat.progress import Progress
 from tollerchat.protocol import CloseCode, close_frame, pong_frame
 from tollerchat.turns import Turns
@@ -24,27 +24,16 @@ logger = logging.getLogger("tollerchat.websocket")
 BUFFER_LIMIT: Final = 64 * 1024
 SEND_BUFFER: Final = 128 * 1024  # bytes in the kernel, for one connection
 CLOSE_TIMEOUT: Final = 2.0  # seconds for the closing handshake; then the connection is aborted
-SLICE: Final = 4096  # bytes parsed at a time
-FRAMES: Final = 64  # taken at a time: there may be thousands in a slice
-# Bytes that may wait to be parsed; beyond, it is not read. To stop and go on costs as much as a short message does, so
-# it is more than one long one.
-UNPARSED: Final = 16 * 1024
 
 
 class Listener(Protocol):
     """Whose connection it is."""
 
-    def read_pump(self) -> None:
-        """Something came: call `parse`, unless busy; then `read_on` when it is not any more."""
+    def read_pump(self, text: str) -> None:
+        """A whole text message came."""
 
-    def is_busy(self) -> bool:
-        """Whether too much is under way to take more."""
-
-    def received(self, text: str) -> None:
-        """A whole text message."""
-
-    def received_binary(self) -> None:
-        """A whole binary message."""
+    def binary_received(self) -> None:
+        """A whole binary message came."""
 
     def descriptor_changed(self) -> None:
         """`descriptor` is not to be used any more: the system takes no more for now."""
@@ -68,24 +57,19 @@ class WebSocket(asyncio.Protocol):
 
     __slots__ = (
         "_abort_timer",
-        "_budget",
         "_closing",
         "_descriptor",
         "_direct",
         "_held",
+        "_inbox",
         "_listener",
-        "_lost",
-        "_pending",
         "_progress",
-        "_reader",
-        "_turns",
-        "_unparsed",
-        "_waits",
+        "busy",
         "deaf",
         "full",
         "heard_at",
+        "is_lost",
         "loop",
-        "paused",
         "transport",
     )
 
@@ -97,24 +81,16 @@ class WebSocket(asyncio.Protocol):
         self.full = False  # the peer reads too slowly
         self.heard_at = self.loop.time()  # when anything came from the peer
         self._listener = listener
-        self._closing = False  # nothing can be written any more
+        self.busy = False  # its owner has enough to do with what was taken
         self.deaf = False  # what the peer sends does not count any more: one of us has sent a close frame
-        self._lost = False  # the connection is gone
+        self.is_lost = False  # the connection is gone
+        self._closing = False  # nothing can be written any more
         self._abort_timer: asyncio.TimerHandle | None = None
         self._held: list[bytes] | None = None  # what is written between hold() and release()
-        self._unparsed = b""
-        self._budget = 0  # frames that may be taken yet in this turn
-        # Frames that were parsed, but not taken in their turn, and errors in the place of a frame; rarely made.
-        self._pending: list[WSMessage | BaseException] | None = None
         self._descriptor = _descriptor(transport)
         self._direct = False  # nothing is in the way of a write: the system can be called at once
-        self._turns = turns
-        self._waits = False  # for its turn, to call read_pump
-        self.paused = True  # not reading; aiohttp may have paused it, so it is resumed in any case
         self._progress: Progress | None = None  # while the buffer is full
-        frames = _Frames(self, self.loop)
-        # aiohttp refuses messages of exactly its limit.
-        self._reader = WebSocketReader(frames, max_size + 1, compress=False, decode_text=True)
+        self._inbox = Inbox(self, turns, max_size=max_size)
         transport.set_write_buffer_limits(high=BUFFER_LIMIT)
         # The kernel's buffer would grow to megabytes, and hide for seconds that a slow peer does read.
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
@@ -123,13 +99,14 @@ class WebSocket(asyncio.Protocol):
         """Become the protocol of the request's transport: to answer is left to the caller.
 
         The handler must return next, a response that is not to be sent. What the peer has sent meanwhile is
-        there for `parse`.
+        taken in the next turn.
         """
         handler = request.protocol
         self.transport.set_protocol(self)
         if handler.writing_paused:
             # By answers to requests before this one; the transport tells that only once.
             self.pause_writing()
+        self._inbox.resume()  # aiohttp may have paused it
         handler.transport = None  # not to be closed by what follows
         handler.set_parser(self)  # type: ignore[arg-type]  # any object of this shape
         handler.connection_lost(None)
@@ -138,11 +115,7 @@ class WebSocket(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = self.loop.time()
-        self._unparsed = self._unparsed + data if self._unparsed else data
-        self.read_on()
-        if len(self._unparsed) > UNPARSED and not self.paused and not self.transport.is_closing():
-            self.paused = True
-            self.transport.pause_reading()
+        self._inbox.receive(data)
 
     def eof_received(self) -> None:
         """The peer sends no more: what is in the buffer still goes out, and then the transport closes."""
@@ -150,70 +123,44 @@ class WebSocket(asyncio.Protocol):
 
     def feed_data(self, data: bytes) -> tuple[bool, bytes]:
         """As aiohttp's parsers have it: what the peer sent right behind its request."""
-        self._unparsed += data
+        self._inbox.receive(data)
         return False, b""
 
     def feed_eof(self) -> None:
         """As aiohttp's parsers have it."""
 
-    def parse(self) -> None:
-        """Hand some of what was received to the listener, until it is busy; the rest is for later turns."""
-        self.hold()
-        self._budget = FRAMES
-        if self._pending:
-            pending, self._pending = self._pending, None
-            for frame in pending:
-                try:
-                    self._parsed(frame)
-                except Exception as exc:  # as aiohttp's parser does
-                    self._failed(exc)
-        elif data := self._unparsed:
-            self._unparsed = data[SLICE:]
-            self._reader.feed_data(data[:SLICE])
-        self.release()
-        if self._pending or self._unparsed:
-            self.read_on()
-        elif self._lost:
-            self._end()
-        elif self.paused and not self.transport.is_closing():
-            self.paused = False
-            self.heard_at = self.loop.time()  # nothing could be heard meanwhile
-            self.transport.resume_reading()
+    @property
+    def paused(self) -> bool:
+        """Whether the peer is not read."""
+        return self._inbox.paused
+
+    @property
+    def blocked(self) -> bool:
+        """Whether nothing more is to be taken: too much that the peer sent, or is sent, is under way."""
+        if self.busy:
+            return not self.deaf
+        return self.full and not self.closing
 
     def read_on(self) -> None:
-        """Call `read_pump` when it is this connection's turn."""
-        if not self._waits:
-            self._waits = True
-            self._turns.ask(self._read_on)
+        """Take what was received, in turn: nothing hinders it any more."""
+        self._inbox.read_on()
 
-    def _read_on(self) -> None:
-        self._waits = False
-        self._listener.read_pump()
-
-    def _parsed(self, frame: WSMessage | BaseException) -> None:
-        """Have a frame, or the error in its place, dealt with; later, if the turn is over or the listener is busy."""
-        self._budget -= 1
-        if self._pending or self._budget < 0 or self._listener.is_busy():
-            self._pending = self._pending or []
-            self._pending.append(frame)
-        elif isinstance(frame, BaseException):
-            self._failed(frame)
-        else:
-            self._take(frame)
-
-    def _take(self, frame: WSMessage) -> None:
+    def take(self, frame: WSMessage) -> None:
+        """A frame came."""
         kind = frame.type
         if kind is WSMsgType.TEXT:
             if not self.deaf:
-                self._listener.received(frame.data)
+                self._listener.read_pump(frame.data)
         elif kind is WSMsgType.CLOSE:
             self._close_received(frame.data)
+        elif kind is WSMsgType.ERROR:
+            self.fail(frame.data)
         elif self.deaf or kind is WSMsgType.PONG:
             pass
         elif kind is WSMsgType.PING:
             self.write(pong_frame(frame.data))
         else:
-            self._listener.received_binary()
+            self._listener.binary_received()
 
     def _close_received(self, code: int) -> None:
         self.deaf = True
@@ -223,8 +170,8 @@ class WebSocket(asyncio.Protocol):
         if not self.transport.is_closing():  # asyncio's TLS forgets the connection at the second call
             self.transport.close()  # what is in the buffer still goes out
 
-    def _failed(self, error: BaseException) -> None:
-        """The frame could not be parsed, or not be dealt with: nothing more will be."""
+    def fail(self, error: BaseException) -> None:
+        """A frame could not be parsed, or not be dealt with: nothing more will be."""
         if isinstance(error, WebSocketError):
             self.close(error.code, str(error))
         else:
@@ -316,21 +263,22 @@ class WebSocket(asyncio.Protocol):
         self._listener.drained()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._closing = self._lost = True
+        self._closing = self.is_lost = True
         self._direct = False  # from now on, the descriptor may be another connection's
         self._listener.closing()
         if self._abort_timer is not None:
             self._abort_timer.cancel()
         if self.deaf:
-            self._unparsed, self._pending = b"", None
-        if not (self._unparsed or self._pending):
-            self._end()
+            self._inbox.clear()
+        if self._inbox.is_empty:
+            self.end()
         else:  # TLS tells of the end before all that came ahead of it is parsed
             self.read_on()
 
-    def _end(self) -> None:
-        self._lost = False  # so that it is told once
-        del self._reader  # which refers to us: without a cycle, memory is free at once
+    def end(self) -> None:
+        """The connection is gone, and all that came over it was dealt with."""
+        self.is_lost = False  # so that it is told once
+        self._inbox.close()
         self._listener.lost()
 
 
@@ -349,19 +297,3 @@ def _descriptor(transport: asyncio.Transport) -> int:
     if os.name != "posix" or transport.get_extra_info("sslcontext") is not None:
         return -1
     return int(transport.get_extra_info("socket").fileno())
-
-
-class _Frames(WebSocketDataQueue):
-    """Where the parser puts its frames: not into a queue, but to use at once."""
-
-    __slots__ = ("_socket",)
-
-    def __init__(self, websocket: WebSocket, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(None, 0, loop=loop)  # type: ignore[arg-type]  # a protocol to pause: never used
-        self._socket = websocket
-
-    def feed_data(self, frame: Any, size: int) -> None:
-        self._socket._parsed(frame)
-
-    def set_exception(self, error: BaseException, cause: object = None) -> None:
-        self._socket._parsed(error)
