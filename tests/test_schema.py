@@ -65,6 +65,17 @@ def test_channels_that_had_members_become_private(seed):
     assert seed.execute("SELECT is_private FROM channels WHERE id = 1") == [(False,)]
 
 
+def test_long_messages_are_compressed_only_where_somebody_wants_it(database):
+    database.insert("x" * 5000)
+    database.execute("ALTER TABLE messages ALTER COLUMN content SET STORAGE EXTENDED")
+    database.execute(read_schema())
+    database.insert("x" * 5000)
+    compressed = database.execute(
+        "SELECT pg_column_compression(content) IS NOT NULL FROM messages ORDER BY id"
+    )
+    assert compressed == [(False,), (True,)]
+
+
 async def test_rows_without_user_or_time_are_readable(database, serve, config):
     """The original's columns are nullable, so there may be such rows."""
     database.execute("INSERT INTO messages (channel_id, content, created_at) VALUES (1, 'bare', NULL)")

@@ -50,14 +50,14 @@ CREATE UNLOGGED TABLE IF NOT EXISTS tollerchat_servers (
 
 -- All locks at once, or none, and then again: who waits for a lock stops all who come behind, and who has one and
 -- waits for another can deadlock. It waits a little longer each time, for those who never leave a gap. Readers are in
--- the way only of an upgrade; and who may not lock all tables gets the locks below one by one.
+-- the way only of an upgrade, and of a table without rows; and who may not lock all tables gets the locks below one by one.
 DO $$
 DECLARE
     is_upgrade CONSTANT boolean := EXISTS (
         SELECT FROM pg_trigger WHERE tgrelid = 'messages'::regclass AND tgname = 'tollerchat_messages_inserted'
     ) OR NOT EXISTS (
         SELECT FROM pg_attribute WHERE attrelid = 'messages'::regclass AND attname = 'nonce' AND NOT attisdropped
-    );
+    ) OR NOT EXISTS (SELECT FROM messages);
     mode CONSTANT text := CASE WHEN is_upgrade THEN 'ACCESS EXCLUSIVE' ELSE 'SHARE ROW EXCLUSIVE' END;
     lock_timeout CONSTANT text := current_setting('lock_timeout');
     patience int := 200;  -- milliseconds
@@ -97,6 +97,14 @@ BEGIN
     END IF;
     IF type_of ->> 'nonce' IS NULL THEN
         ALTER TABLE messages ADD COLUMN nonce TEXT;
+    END IF;
+
+    -- To compress a long message takes PostgreSQL longer than all the rest. Where there are messages, it stays as it is:
+    -- somebody may have wanted it so.
+    IF NOT EXISTS (SELECT FROM messages) AND EXISTS (
+        SELECT FROM pg_attribute WHERE attrelid = 'messages'::regclass AND attname = 'content' AND attstorage = 'x'
+    ) THEN
+        ALTER TABLE messages ALTER COLUMN content SET STORAGE EXTERNAL;
     END IF;
 
     -- Ids that a session keeps for later would come after greater ones. Servers take an altered sequence for one that
