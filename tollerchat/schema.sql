@@ -99,12 +99,17 @@ BEGIN
         ALTER TABLE messages ADD COLUMN nonce TEXT;
     END IF;
 
-    -- To compress a long message takes PostgreSQL longer than all the rest. Where there are messages, it stays as it is:
-    -- somebody may have wanted it so.
+    -- To compress a long message with pglz, the default, takes longer than all the rest of storing it. Where there are
+    -- messages, it stays as it is: somebody may have wanted it so.
     IF NOT EXISTS (SELECT FROM messages) AND EXISTS (
-        SELECT FROM pg_attribute WHERE attrelid = 'messages'::regclass AND attname = 'content' AND attstorage = 'x'
+        SELECT FROM pg_attribute WHERE attrelid = 'messages'::regclass AND attname = 'content'
+        AND attstorage = 'x' AND attcompression = ''
     ) THEN
-        ALTER TABLE messages ALTER COLUMN content SET STORAGE EXTERNAL;
+        BEGIN
+            ALTER TABLE messages ALTER COLUMN content SET COMPRESSION lz4;
+        EXCEPTION WHEN feature_not_supported THEN  -- this PostgreSQL was built without it
+            ALTER TABLE messages ALTER COLUMN content SET STORAGE EXTERNAL;
+        END;
     END IF;
 
     -- Ids that a session keeps for later would come after greater ones. Servers take an altered sequence for one that
