@@ -185,7 +185,9 @@ class Saver:
         before = settings + _LOCK % b",".join([b"%d" % channel_id for channel_id in channel_ids])
         told_by = 0 if tell_all else self._server_id
         try:
-            rows = await self._run(before + _save_one(batch[0], told_by)) if len(batch) == 1 else []
+            rows: list[tuple[Any, ...]] = []
+            if len(batch) == 1:
+                rows = [(*row, None) for row in await self._run(before + _save_one(batch[0], told_by))]
             if not rows:  # several, or its nonce was seen before
                 rows = await self._run(before + _SAVE % (_quote(msgspec.json.encode(batch)), told_by))
         except psycopg2.errors.LockNotAvailable:
@@ -280,8 +282,7 @@ def _results(
 ) -> list[SaveResult]:
     """Read the answer of what stored a batch; `newest` are the ids by channel, as the rows are gone through."""
     results: list[SaveResult] = []
-    for new, (message_id, unknown, created_at, *old) in zip(batch, rows, strict=True):
-        old_content = old[0] if old else None
+    for new, (message_id, unknown, created_at, old_content) in zip(batch, rows, strict=True):
         if unknown is not None:
             newest[new.channel_id] = unknown
         if old_content is None:
