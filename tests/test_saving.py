@@ -28,8 +28,9 @@ class Database(Saver):
         self.attempts.append([int(number) for number in array.split(b",")])
         if (answer := self._answers.pop(0)) is not None:
             raise answer
-        stored = 1 if b"save_one" in sql else sql.count(b'"content"')
-        return [(n + 1, None, "", None) for n in range(stored)]
+        if b"save_one" in sql:
+            return [(1, None, "")]
+        return [(n + 1, None, "", None) for n in range(sql.count(b'"content"'))]
 
 
 def batch(*channel_ids):
