@@ -113,6 +113,17 @@ async def test_full_buffer_is_taken_over_as_such(listener, paused):
     assert websocket.is_stuck(asyncio.get_running_loop().time() + 10, 10) is paused
 
 
+async def test_connection_is_read_whoever_paused_it_and_not_when_too_much_waits(listener, transport):
+    listener.websocket.take_over(mock.Mock(protocol=mock.Mock(writing_paused=False)))
+    assert transport.mock_calls[-1] == mock.call.resume_reading()
+    texts = [letter * 8000 for letter in "abc"]
+    listener.websocket.data_received(b"".join(client_frame(text.encode()) for text in texts))
+    assert transport.mock_calls[-1] == mock.call.pause_reading()
+    await turns(20)
+    assert listener.heard == texts
+    assert transport.mock_calls[-1] == mock.call.resume_reading()
+
+
 @pytest.mark.parametrize("told", ["end and loss", "loss"])
 async def test_what_came_before_the_end_is_heard(listener, told):
     """With TLS, the end may be told before all that came ahead of it is parsed."""
