@@ -50,14 +50,14 @@ CREATE UNLOGGED TABLE IF NOT EXISTS tollerchat_servers (
 
 -- All locks at once, or none, and then again: who waits for a lock stops all who come behind, and who has one and
 -- waits for another can deadlock. It waits a little longer each time, for those who never leave a gap. Readers are in
--- the way only of an upgrade, and of a table without rows; and who may not lock all tables gets the locks below one by one.
+-- the way only of an upgrade; and who may not lock all tables gets the locks below one by one.
 DO $$
 DECLARE
     is_upgrade CONSTANT boolean := EXISTS (
         SELECT FROM pg_trigger WHERE tgrelid = 'messages'::regclass AND tgname = 'tollerchat_messages_inserted'
     ) OR NOT EXISTS (
         SELECT FROM pg_attribute WHERE attrelid = 'messages'::regclass AND attname = 'nonce' AND NOT attisdropped
-    ) OR NOT EXISTS (SELECT FROM messages);
+    );
     mode CONSTANT text := CASE WHEN is_upgrade THEN 'ACCESS EXCLUSIVE' ELSE 'SHARE ROW EXCLUSIVE' END;
     lock_timeout CONSTANT text := current_setting('lock_timeout');
     patience int := 200;  -- milliseconds
@@ -87,6 +87,9 @@ DECLARE
         FROM pg_attribute WHERE attrelid = 'messages'::regclass AND attnum > 0 AND NOT attisdropped
     );
     sequence CONSTANT text := pg_get_serial_sequence('messages', 'id');
+    is_new CONSTANT boolean := (
+        SELECT xmin = pg_current_xact_id()::xid FROM pg_class WHERE oid = 'messages'::regclass
+    );
 BEGIN
     IF type_of ->> 'id' = 'integer' THEN
         ALTER TABLE messages ALTER COLUMN id TYPE BIGINT;
@@ -99,12 +102,9 @@ BEGIN
         ALTER TABLE messages ADD COLUMN nonce TEXT;
     END IF;
 
-    -- To compress a long message with pglz, the default, takes longer than all the rest of storing it. Where there are
-    -- messages, it stays as it is: somebody may have wanted it so.
-    IF NOT EXISTS (SELECT FROM messages) AND EXISTS (
-        SELECT FROM pg_attribute WHERE attrelid = 'messages'::regclass AND attname = 'content'
-        AND attstorage = 'x' AND attcompression = ''
-    ) THEN
+    -- To compress a long message with pglz, the default, takes longer than all the rest of storing it. A table that is
+    -- there already stays as it is: somebody may have wanted it so.
+    IF is_new THEN
         BEGIN
             ALTER TABLE messages ALTER COLUMN content SET COMPRESSION lz4;
         EXCEPTION WHEN feature_not_supported THEN  -- this PostgreSQL was built without it
