@@ -46,7 +46,7 @@ async def test_many_who_come_at_once_are_one_query(server, queries):
     hub = server.app[hub_key]
     async with hub.access._one_query:  # another query is under way
         joining = [asyncio.ensure_future(server.join(user_id, 1)) for user_id in (1, 2, 3, 1, 2)]
-        await until(lambda: 1 in hub.rooms and len(hub.rooms[1].clients) == 5)
+        await until(lambda: 1 in hub.rooms and len(hub.rooms[1].audience.clients) == 5)
         assert hub.access._gathering == {(1, 1), (1, 2), (1, 3)}
     await asyncio.gather(*joining)
     assert queries == [{(1, 1), (1, 2), (1, 3)}]
@@ -105,6 +105,6 @@ async def test_access_withdrawn_while_one_joins_closes_with_4403(server, databas
     joining = asyncio.ensure_future(server.connect(2, 3))
     await asyncio.wait_for(asked.wait(), WAIT)
     database.execute("DELETE FROM channel_users WHERE user_id = 2")
-    await until(lambda: all(client._refusal for client in hub.rooms[3].clients))
+    await until(lambda: all(client._refusal for client in hub.rooms[3].audience.clients))
     go_on.set()
     assert await (await joining).closed() == 4403

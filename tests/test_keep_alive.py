@@ -40,7 +40,7 @@ def connection():
 @pytest.fixture
 def client(connection):
     client = Client(CONFIG, None, None, Identity(1, float("inf")), 1, v1=True)
-    client._socket = connection
+    client._socket, client._started, client.due = connection, True, 0.0
     client._next_ping = 54.0
     return client
 

@@ -287,7 +287,7 @@ async def test_answers_without_a_nonce_come_in_the_order_of_the_messages(server,
         cursor.execute("SELECT pg_advisory_xact_lock(%s, 1)", (LOCK_KEY,))
         for n in range(4):
             await alice.send(f"m{n}")
-        (client,) = server.app[hub_key].rooms[1].clients
+        (client,) = server.app[hub_key].rooms[1].audience.clients
         await until(lambda: client.outbox is not None and client.outbox.is_refusing)
         other.rollback()
     assert [(await alice.receive())["type"] for _ in range(4)] == ["ack", "ack", "error", "error"]

@@ -96,9 +96,9 @@ async def test_sender_that_lagged_does_not_get_its_own_messages(server, database
     alice = await RawClient.connect(server.port, 1, after=0)
     with contextlib.closing(alice):
         room = server.app[hub_key].rooms[1]
-        await until(lambda: len(room.live) == 2)
+        await until(lambda: len(room.audience.live) == 2)
         count = 0
-        while len(room.live) == 2:  # until the buffers are full, the kernel's too
+        while len(room.audience.live) == 2:  # until the buffers are full, the kernel's too
             frame = {"type": "message", "content": f"own {count}", "nonce": f"own {count}"}
             log.sent(frame)
             await alice.send(frame)

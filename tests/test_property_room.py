@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from tests.checker import Log, Row, check
 from tests.raw_client import client_frame, unframe
 from tests.support import SECRET
-from tollerchat import Config, room, tail, websocket, writer
+from tollerchat import Config, audience, room, tail, websocket, writer
 from tollerchat.auth import Identity
 from tollerchat.client import Client
 from tollerchat.errors import NonceConflict, Unavailable
@@ -330,7 +330,7 @@ class Channel(RuleBasedStateMachine):
                 mock.patch.object(
                     module, "os", types.SimpleNamespace(name="posix", write=self.write_directly)
                 )
-                for module in (room, websocket)
+                for module in (audience, websocket)
             ),
         ]
         for patch in self.patches:

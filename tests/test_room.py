@@ -233,7 +233,7 @@ class Listener:
         self._order.append((self._name, page.blob[written:]))
         return None if self._lags else 9
 
-    def fall_behind(self, cursor):
+    def catch_up(self, cursor):
         self._order.append((self._name, cursor))
 
 
@@ -246,12 +246,12 @@ async def test_everybody_is_served_once_and_whole(monkeypatch):
             raise BlockingIOError
         return taken[descriptor] or len(data)
 
-    monkeypatch.setattr("tollerchat.room.os", types.SimpleNamespace(write=write))
+    monkeypatch.setattr("tollerchat.audience.os", types.SimpleNamespace(write=write))
     room = Room(1, Log(1), 50)
     await room.load()
     names = {"reads": 3, "reads some": 4, "full": 5, "sends": -1, "lags": -1}
     clients = {name: Listener(name, order, lags=name == "lags") for name in names}
-    room.live = {clients[name]: descriptor for name, descriptor in names.items()}
+    room.audience.live = {clients[name]: descriptor for name, descriptor in names.items()}
     room.begin_commit()
     room.commit([Saved(message(2), repeated=False, previous=1)])
     room.end_commit()
@@ -260,5 +260,5 @@ async def test_everybody_is_served_once_and_whole(monkeypatch):
         (3, blob), (4, blob), ("reads some", blob[10:]), (5, blob), ("full", blob),
         ("sends", blob), ("lags", blob), ("lags", 1),
     ]  # fmt: skip
-    left = {name: room.live[clients[name]] for name in names if clients[name] in room.live}
+    left = {name: room.audience.live[clients[name]] for name in names if clients[name] in room.audience.live}
     assert left == {"reads": 3, "reads some": 9, "full": 9, "sends": 9}

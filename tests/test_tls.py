@@ -61,7 +61,7 @@ async def test_slow_reader_loses_nothing(server, connect, database):
     slow, log = await connect(3), Log("slow", 3, complete=True)
     alice, alice_log = await connect(1), Log("alice", 1, complete=True)
     room = server.app[hub_key].rooms[1]
-    (client,) = [each for each in room.clients if each.user_id == 3]
+    (client,) = [each for each in room.audience.clients if each.user_id == 3]
     own = {"type": "message", "content": "its own", "nonce": "n"}
 
     async def listen(chatter, log, **last):

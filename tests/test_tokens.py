@@ -216,7 +216,9 @@ async def test_fresh_token_extends_the_session(serve, config):
 
 async def test_token_of_a_shorter_life_ends_the_session_sooner(server):
     chatter = await server.connect(1)
-    await until(lambda: all(client.due for client in server.app[hub_key].rooms[1].clients))  # it was checked
+    await until(
+        lambda: all(client.due for client in server.app[hub_key].rooms[1].audience.clients)
+    )  # it was checked
     start = time.monotonic()
     await chatter.send_frame({"type": "auth", "token": token(exp=int(time.time()) + 1)})
     assert await chatter.closed() == 4401

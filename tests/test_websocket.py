@@ -39,7 +39,7 @@ class Listener:
     def drained(self):
         pass
 
-    def closing(self):
+    def write_ended(self):
         pass
 
     def lost(self):

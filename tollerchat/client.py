@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from typing import TYPE_CHECKING, Final
 
@@ -45,7 +46,7 @@ CHECK_INTERVAL: Final = 5.0  # seconds, at most, between checks of a connection 
 class Client:
     """One connection to a channel.
 
-    Its cursor is the last message it was given. It is *live* while it is in `room.live`: then its cursor
+    Its cursor is the last message it was given. It is *live* while it is in `room.audience.live`: then its cursor
     is the room's head, and each commit is one write. Else it is *catching up*: `write_pump` feeds it from
     the log with backpressure until its cursor is the head.
     """
@@ -63,6 +64,7 @@ class Client:
         "_refusal",
         "_room",
         "_socket",
+        "_started",
         "_writable",
         "_writer",
         "channel_id",
@@ -87,7 +89,7 @@ class Client:
         self.user_id, self.expires_at = identity
         self.channel_id = channel_id
         self.v1 = v1
-        self.due = 0.0  # loop time of the next check()
+        self.due = math.inf  # loop time of the next check(); there is none before start()
         self.outbox: Outbox | None = None  # made with its first message: many never send one
         self.pump: asyncio.Task[None] | None = None  # write_pump, while catching up
         self._config = config
@@ -101,42 +103,20 @@ class Client:
         self._next_ping = 0.0
         self._pinged_at = 0.0
         self._refusal: tuple[int, str] | None = None  # a close() that came before start()
-        self._socket: WebSocket | None = None
-        self._room: Room
-
-    @property
-    def is_owed(self) -> bool:
-        """Whether it waits for an ack that stands behind messages which it was not sent yet."""
-        return self.outbox is not None and self.outbox.owes
+        self._room: Room  # from seek() on
+        self._started = False
+        self._socket: WebSocket  # from start() on
 
     # -- life --------------------------------------------------------------------------------------
 
     async def seek(self, room: Room, after: int | None) -> None:
-        """Set the cursor to where the client starts: before the last messages, or at `after`.
-
-        Raises `Unavailable`.
-        """
+        """Set the cursor to where the client starts. Raises `Unavailable`."""
         self._room = room
-        await room.load()
-        if after is None:
-            self._cursor = room.tail.history_cursor()
-            return
-        if after > room.head:  # the room may be behind the log
-            await room.reach(min(after, await self._hub.newest_id(self.channel_id)))
-            # Beyond the newest row there is nothing, its rows were deleted; new ones have greater ids.
-            after = min(after, room.head)
-        self._cursor = after
-        limit = self._config.max_replay
-        if (page := room.tail.since(after)) is None:
-            start = await self._hub.replay_start(self.channel_id, after, room.head)
-            if start is not None:
-                self._cursor, self._gap = start, True
-        elif len(page.frames) > limit:
-            self._cursor, self._gap = page.frames[-limit - 1][0], True
+        self._cursor, self._gap = await room.seek(after, self._config.max_replay)
 
     def start(self, websocket: WebSocket) -> None:
         """Send what it missed, and then what is new; take what it sends."""
-        self._socket = websocket
+        self._socket, self._started, self.due = websocket, True, 0.0
         self._next_ping = websocket.loop.time() + random.uniform(0.5, 1.0) * self._config.ping_interval
         if self._refusal is not None:
             self.close(*self._refusal)
@@ -145,35 +125,35 @@ class Client:
             self._send(page)
             self._go_live()
         else:
-            self.fall_behind(self._cursor)
+            self.catch_up(self._cursor)
         websocket.read_on()
 
     def close(self, code: int, reason: str) -> None:
         """Close the connection, in the background; the first caller decides the code."""
-        if self._socket is None:
-            self._refusal = self._refusal or (code, reason)
-        else:
+        if self._started:
             self._socket.close(code, reason)
+        else:
+            self._refusal = self._refusal or (code, reason)
 
     def abort(self) -> None:
         """End the connection at once: the peer is dead."""
-        if self._socket is not None:
+        if self._started:
             self._socket.transport.abort()
 
-    def closing(self) -> None:
+    def write_ended(self) -> None:
         """Nothing is to be sent any more."""
-        self._room.live.pop(self, None)
+        self._room.audience.live.pop(self, None)
         if self.outbox is not None:
             self.outbox.answer()
 
     def lost(self) -> None:
         """The connection is gone."""
-        self._room.live.pop(self, None)
         self._hub.dismiss(self)
 
     def check(self, now: float, unix_time: float) -> None:
         """Ping if it is time to; end a connection that is dead or stuck, or whose token has expired."""
-        if (websocket := self._socket) is None or websocket.closing:
+        websocket = self._socket
+        if websocket.closing:
             return
         if unix_time >= self.expires_at:
             self.close(CloseCode.TOKEN_EXPIRED, "the token has expired")
@@ -214,15 +194,14 @@ class Client:
             elif isinstance(incoming, IncomingAuth):
                 self._on_auth(incoming)
         except ChatError as exc:
-            self.write(error_frame(exc, exc.nonce))
+            self._socket.write(error_frame(exc, exc.nonce))
 
     def binary_received(self) -> None:
         """A frame that is not text."""
-        self.write(error_frame(InvalidFrame("binary frames are not understood: send text frames")))
+        self._socket.write(error_frame(InvalidFrame("binary frames are not understood: send text frames")))
 
     def _on_message(self, frame: IncomingMessage) -> None:
         if (outbox := self.outbox) is None:
-            assert self._socket is not None
             outbox = Outbox(self._socket, self.user_id, self._config.max_in_flight, v1=self.v1)
             self.outbox = outbox
         message = NewMessage(self.channel_id, self.user_id, frame.content, frame.nonce)
@@ -231,19 +210,18 @@ class Client:
                 raise Unavailable("a message before it was refused: send both again later")
             self._writer.submit(message, outbox)
         except Unavailable as exc:
-            outbox.refuse(exc, frame.nonce)
+            outbox.not_taken(exc, frame.nonce)
         else:
             cursor, room = self._cursor, self._room
-            if self in room.live:
-                cursor, room.live[self] = room.head, -1  # its own message is not for it
+            if self in (live := room.audience.live):
+                cursor, live[self] = room.head, -1  # its own message is not for it
             outbox.sent(frame.content, frame.nonce, cursor)
 
     def _on_typing(self) -> None:
-        assert self._socket is not None
         now = self._socket.loop.time()
         if now >= self._next_typing:
             self._next_typing = now + TYPING_INTERVAL
-            self._room.tell_others(self, encode(OutgoingTyping(self.user_id, self.channel_id)))
+            self._room.audience.tell_others(self, encode(OutgoingTyping(self.user_id, self.channel_id)))
 
     def _on_auth(self, frame: IncomingAuth) -> None:
         identity = verify_token(frame.token, self._config)
@@ -253,23 +231,17 @@ class Client:
 
     # -- to the client -----------------------------------------------------------------------------
 
-    def write(self, data: bytes) -> None:
-        """Hand over whole frames, unless the connection is closing."""
-        if self._socket is not None:
-            self._socket.write(data)
-
     def offer(self, data: bytes) -> None:
         """Hand over frames that one who reads too slowly can do without."""
-        if self._socket is not None and not self._socket.full:
+        if not self._socket.full:
             self._socket.write(data)
 
     def deliver(self, page: Page, written: int) -> int | None:
         """Give a live client what was committed, of which some bytes may be written.
 
-        Returns where the room may write from now on, as in `Room.live`; None if it lags.
+        Returns where the room may write from now on, as in `Audience.live`; None if it lags.
         """
         websocket = self._socket
-        assert websocket is not None
         if websocket.full:
             return None
         if data := self._others(page)[written:]:
@@ -278,18 +250,17 @@ class Client:
 
     def descriptor_changed(self) -> None:
         """Tell the room whether it may still write by itself."""
-        if self in self._room.live:
-            self._room.live[self] = self._descriptor()
+        if self in self._room.audience.live:
+            self._room.audience.live[self] = self._descriptor()
 
     def _descriptor(self) -> int:
         """Where the room may write by itself: not to one whose own messages are under way, which it must not get."""
-        assert self._socket is not None
         return self._socket.descriptor if self.outbox is None or self.outbox.idle else -1
 
     def _others(self, page: Page) -> bytes:
         return page.blob if self.outbox is None else self.outbox.others(page)
 
-    def fall_behind(self, cursor: int) -> None:
+    def catch_up(self, cursor: int) -> None:
         """Be given what follows `cursor` by `write_pump`, as fast as it is read."""
         self._cursor = cursor
         self.pump = asyncio.create_task(self.write_pump())
@@ -297,7 +268,6 @@ class Client:
     async def write_pump(self) -> None:
         """Send what follows the cursor, as fast as the client reads, until it is live."""
         websocket = self._socket
-        assert websocket is not None
         try:
             while not websocket.closing:
                 if websocket.full:
@@ -330,17 +300,18 @@ class Client:
         """The client has read most of what was written."""
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
-        if self._socket is not None:
-            self._socket.read_on()
+        self._socket.read_on()
 
     def _send(self, page: Page) -> None:
         if data := self._others(page):
-            self.write(data)
+            self._socket.write(data)
         self._cursor = page.cursor
 
     def _go_live(self) -> None:
         if not self._ready:
             self._ready = True
             if self.v1:
-                self.write(encode(ReadyFrame(self.channel_id, self.user_id, self._room.head, self._gap)))
-        self._room.live[self] = self._descriptor()
+                self._socket.write(
+                    encode(ReadyFrame(self.channel_id, self.user_id, self._room.head, self._gap))
+                )
+        self._room.audience.live[self] = self._descriptor()

@@ -9,18 +9,22 @@ import psycopg2
 
 from tollerchat.config import Config
 from tollerchat.connection import OPTIONS, Connection, ConnectionWatch, connect
-from tollerchat.errors import Unavailable
+from tollerchat.errors import ChatError, InvalidContent, NotFound, NotStored, Unavailable
+from tollerchat.logs import Seldom
 
 __all__ = (
     "TIME_FORMAT",
     "apply_schema",
     "explain",
+    "explain_refusal",
     "has_answered",
+    "is_of_rows",
     "open_connection",
     "read_schema",
 )
 
 logger = logging.getLogger("tollerchat.database")
+logger.addFilter(Seldom())  # it may be about many at once
 
 # What we rely on, whatever the database's defaults are: a snapshot for each statement; and indexes, because
 # a planner that knows nothing of a new table would sort a channel for each page.
@@ -31,6 +35,12 @@ _SETTINGS: Final = """
 
 # RFC 3339; the time must be one in UTC.
 TIME_FORMAT: Final = """'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"""
+
+# Errors that may be about a single row of a batch, by class (PostgreSQL's manual, appendix A). Some are final:
+# of data, constraints, routines, views, limits, triggers, policies.
+_REFUSALS = ("21", "22", "23", "38", "39", "44", "54", "P0")
+# Others may pass: conflicts between transactions, objects in use, cancelled queries, internal errors.
+_PASSING = ("40", "55", "57014", "XX")
 
 
 async def open_connection(config: Config, watch: ConnectionWatch) -> Connection:
@@ -61,6 +71,29 @@ def explain(exc: Exception, conn: Connection | None) -> Unavailable:
     if has_answered(conn, exc):
         return Unavailable("the database could not run the query")
     return Unavailable("the database is not reachable", sent=conn is not None)
+
+
+def is_of_rows(exc: psycopg2.Error) -> bool:
+    """Whether an answer may be about single rows."""
+    if exc.diag.source_function == "PreCommit_Notify":  # the queue of notifications is full
+        return False
+    of_trigger = exc.diag.context is not None
+    return of_trigger or _is_of_policy(exc) or str(exc.pgcode).startswith((*_REFUSALS, *_PASSING))
+
+
+def _is_of_policy(exc: psycopg2.Error) -> bool:
+    # By its code alone, 42501, it could be a privilege that we lack.
+    return bool(exc.diag.source_function == "ExecWithCheckOptions")
+
+
+def explain_refusal(exc: psycopg2.Error) -> ChatError:
+    """Why the database did not take a message."""
+    if isinstance(exc, psycopg2.errors.ForeignKeyViolation):
+        return NotFound("the channel or the user does not exist any more")
+    logger.warning("the database refused a message: %s", exc.pgcode)
+    if (exc.pgcode or "").startswith(_REFUSALS) or _is_of_policy(exc):
+        return InvalidContent("the database refused the message")
+    return NotStored("the database could not store the message")
 
 
 def read_schema() -> str:

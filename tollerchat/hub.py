@@ -57,7 +57,7 @@ class Hub:
                 room = Room(client.channel_id, self._repository, self._config.history_size)
                 self.rooms[client.channel_id] = room
                 self._empty.clear()
-            room.clients.add(client)
+            room.audience.add(client)
             return room
 
     async def unregister(self, client: Client) -> None:
@@ -66,9 +66,8 @@ class Hub:
             room = self.rooms.get(client.channel_id)
             if room is None:
                 return
-            room.clients.discard(client)
-            room.live.pop(client, None)
-            if room.clients:
+            room.audience.discard(client)
+            if room.audience.clients:
                 return
             del self.rooms[client.channel_id]
             if not self.rooms:
@@ -100,17 +99,9 @@ class Hub:
             room.end_commit()
 
     def broadcast(self, channel_id: int, messages: Sequence[Saved]) -> None:
-        """Give committed messages, in the order of their batch, to all clients of the channel but their senders."""
+        """Give committed messages, in the order of their batch, to the clients of the channel."""
         if (room := self.rooms.get(channel_id)) and not room.commit(messages):
             self._restart()
-
-    async def newest_id(self, channel_id: int) -> int:
-        """The newest message id of a channel in the log. Raises `Unavailable`."""
-        return (await self._repository.newest_ids([channel_id]))[channel_id]
-
-    async def replay_start(self, channel_id: int, after: int, until: int) -> int | None:
-        """Where a replay starts that would be too long otherwise, else None. Raises `Unavailable`."""
-        return await self._repository.nth_newest_id(channel_id, after, until, self._config.max_replay)
 
     def hint(self, channel_id: int, message_id: int) -> None:
         """A server says that a channel's log has grown to `message_id`."""
@@ -118,13 +109,16 @@ class Hub:
         if room := self.rooms.get(channel_id):
             room.hint(message_id)
 
-    async def settle(self) -> None:
+    async def catch_up(self) -> None:
         """Wait until the rooms have read what they know to be in the log, where acks stand behind it; and a little
         while for those who are behind their room.
         """
-        if reading := [room.catching_up for room in self.rooms.values() if room.catching_up and room.owes]:
+        if reading := [
+            room.catching_up for room in self.rooms.values() if room.catching_up and room.audience.owes
+        ]:
             await asyncio.wait(reading)
-        if pumps := [client.pump for client in self._clients() if client.pump and client.is_owed]:
+        clients = self._clients()
+        if pumps := [each.pump for each in clients if each.pump and each.outbox and each.outbox.owes]:
             await asyncio.wait(pumps, timeout=CATCHING_UP * self._config.shutdown_timeout)
 
     async def compare_with_log(self) -> None:
@@ -140,13 +134,13 @@ class Hub:
         if ours := self.rooms.keys() & channel_ids:
             now = time.monotonic()
             # What was refused may be under way yet, for as long as a standby does not answer, say.
-            doubtful = [channel_id for channel_id in ours if self.rooms[channel_id].doubts]
+            doubtful = [channel_id for channel_id in ours if self.rooms[channel_id].audience.doubts]
             settled = await self._repository.unlocked(doubtful) if doubtful else ()
             for channel_id, newest in (await self._repository.newest_ids(ours)).items():
                 if room := self.rooms.get(channel_id):
                     room.hint(newest)
                     if channel_id in settled and newest <= room.head:
-                        room.settle(now)
+                        room.audience.end_doubts(now)
 
     def forget(self, channel_id: int) -> None:
         """Messages of a channel were deleted or changed."""
@@ -168,7 +162,7 @@ class Hub:
         """Close all connections of a channel that is gone."""
         self.access.forget()
         if room := self.rooms.get(channel_id):
-            for client in room.clients:
+            for client in room.audience.clients:
                 client.close(CloseCode.CHANNEL_DELETED, "the channel was deleted")
 
     def user_deleted(self, user_id: int) -> None:
@@ -182,13 +176,13 @@ class Hub:
         """Close the connections of those who may not be in a channel any more. Raises `Unavailable`."""
         self.access.forget()
         rooms = [room for channel_id in channel_ids if (room := self.rooms.get(channel_id)) is not None]
-        pairs = {(room.channel_id, client.user_id) for room in rooms for client in room.clients}
+        pairs = {(room.channel_id, client.user_id) for room in rooms for client in room.audience.clients}
         refusals = await self._repository.refusals(pairs) if pairs else {}
         for (channel_id, user_id), refusal in refusals.items():
             if isinstance(refusal, NotFound):
                 self.channel_deleted(channel_id)
             elif refusal is not None and (room := self.rooms.get(channel_id)) is not None:
-                for client in room.clients:
+                for client in room.audience.clients:
                     if client.user_id == user_id:
                         client.close(CloseCode.ACCESS_WITHDRAWN, "access to the channel was withdrawn")
 
@@ -240,4 +234,4 @@ class Hub:
         return True
 
     def _clients(self) -> list[Client]:
-        return [client for room in self.rooms.values() for client in room.clients]
+        return [client for room in self.rooms.values() for client in room.audience.clients]

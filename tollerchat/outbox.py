@@ -29,14 +29,14 @@ class Outbox:
     __slots__ = (
         "_answers",
         "_cursor",
-        "_doubts",
         "_in_flight",
         "_late",
         "_max_in_flight",
         "_socket",
-        "_unsettled",
         "_v1",
+        "doubts",
         "own",
+        "unsettled",
         "user_id",
     )
 
@@ -52,16 +52,16 @@ class Outbox:
         self._answers: deque[tuple[int, bytes, bool]] = deque()
         self.own: set[int] = set()  # ids of its messages that its cursor has not passed yet
         # Of its messages without an answer that have a nonce: it, and a hash of the content.
-        self._unsettled: set[tuple[str, int]] = set()
+        self.unsettled: set[tuple[str, int]] = set()
         # The same of those that may be stored although they were refused, with a nonce or without, and since when.
-        self._doubts: list[tuple[str | None, int, float]] = []
+        self.doubts: list[tuple[str | None, int, float]] = []
         # Refusals of messages that were not taken, until those before have their answers.
         self._late: list[bytes] = []
 
     @property
     def idle(self) -> bool:
         """Whether all that follows in the log is another's, and no answer is to be put in its place."""
-        return not (self._in_flight or self.own or self._unsettled or self._doubts)
+        return not (self._in_flight or self.own or self.unsettled or self.doubts)
 
     @property
     def is_refusing(self) -> bool:
@@ -73,16 +73,6 @@ class Outbox:
         """Whether there are answers that its cursor has not reached."""
         return bool(self._answers)
 
-    @property
-    def doubts(self) -> bool:
-        """Whether messages were refused, and may be stored all the same."""
-        return bool(self._doubts)
-
-    @property
-    def awaits(self) -> bool:
-        """Whether messages of its own may come up in the log."""
-        return bool(self._unsettled or self._doubts)
-
     def sent(self, content: str, nonce: str | None, cursor: int) -> None:
         """A message is under way; `cursor` is where its sender is in the log."""
         self._cursor = cursor
@@ -90,11 +80,11 @@ class Outbox:
         self._stop_if_full()
         if nonce is not None:
             sent = (nonce, hash(content))
-            self._unsettled.add(sent)
-            if self._doubts:  # it may be sent again
-                self._doubts = [doubt for doubt in self._doubts if doubt[:2] != sent]
+            self.unsettled.add(sent)
+            if self.doubts:  # it may be sent again
+                self.doubts = [doubt for doubt in self.doubts if doubt[:2] != sent]
 
-    def refuse(self, error: ChatError, nonce: str | None) -> None:
+    def not_taken(self, error: ChatError, nonce: str | None) -> None:
         """A message was not taken; it is told in its turn, because without a nonce only the order can tell which."""
         if self._in_flight:
             self._late.append(error_frame(error, nonce))
@@ -111,7 +101,7 @@ class Outbox:
         """The message is committed: it is not to be sent to its sender, but its ack, in its place."""
         message = saved.message
         if nonce is not None:
-            self._unsettled.discard((nonce, hash(message.content)))
+            self.unsettled.discard((nonce, hash(message.content)))
         if message.message_id > self._cursor:
             self.own.add(message.message_id)
         ack = encode(AckFrame(nonce, message.message_id, message.created_at)) if self._v1 else b""
@@ -121,10 +111,10 @@ class Outbox:
         """It is not stored, or, for all we know, may be: then it is remembered, to be recognised in the log."""
         nonce, content = message.nonce, hash(message.content)
         if nonce is not None:
-            self._unsettled.discard((nonce, content))
+            self.unsettled.discard((nonce, content))
         # With a nonce in any case: an earlier copy may have been refused.
         if isinstance(error, Unavailable) and (error.sent or nonce is not None):
-            self._doubts.append((nonce, content, time.monotonic()))
+            self.doubts.append((nonce, content, time.monotonic()))
         self._answers.append((0, error_frame(error, nonce), nonce is not None))
 
     def answer(self) -> None:
@@ -165,24 +155,24 @@ class Outbox:
             if message.user_id != self.user_id or message.message_id in self.own:
                 continue
             # Or it is of another connection of the same user.
-            if self._sent(nonces.get(message.message_id), hash(message.content)):
+            if self._claim(nonces.get(message.message_id), hash(message.content)):
                 self.own.add(message.message_id)
 
-    def _sent(self, nonce: str | None, content: int) -> bool:
+    def _claim(self, nonce: str | None, content: int) -> bool:
         """Whether it sent this, and does not know what became of it; asked once."""
-        if nonce is not None and (nonce, content) in self._unsettled:
-            self._unsettled.remove((nonce, content))
+        if nonce is not None and (nonce, content) in self.unsettled:
+            self.unsettled.remove((nonce, content))
             return True
-        for doubt in self._doubts:
+        for doubt in self.doubts:
             if doubt[:2] == (nonce, content):
-                self._doubts.remove(doubt)
+                self.doubts.remove(doubt)
                 return True
         return False
 
-    def settle(self, compared_at: float) -> None:
+    def end_doubts(self, compared_at: float) -> None:
         """All that the log had then has come up: what was refused long before is not in it."""
-        if self._doubts:
-            self._doubts = [doubt for doubt in self._doubts if doubt[2] > compared_at - LINGERS_FOR]
+        if self.doubts:
+            self.doubts = [doubt for doubt in self.doubts if doubt[2] > compared_at - LINGERS_FOR]
 
     def others(self, page: Page) -> bytes:
         """The frames of a page, with answers in place of its own ones; the cursor passes them."""

@@ -1,13 +1,13 @@
-"""`Room`: one channel on this server, its clients, and how far they have been told its log."""
+"""`Room`: one channel on this server, and how far its clients have been told its log."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from tollerchat.audience import Audience
 from tollerchat.errors import Unavailable
 from tollerchat.logs import Seldom
 from tollerchat.protocol import MAX_BIGINT, OutgoingMessage
@@ -15,10 +15,6 @@ from tollerchat.repository import Repository
 from tollerchat.saving import Saved
 from tollerchat.tail import Page, Tail, encode_all, page_of
 from tollerchat.tasks import end_tasks
-from tollerchat.websocket import write_some
-
-if TYPE_CHECKING:
-    from tollerchat.client import Client
 
 __all__ = ("PAGE_SIZE", "Room")
 
@@ -41,10 +37,7 @@ class Room:
 
     def __init__(self, channel_id: int, repository: Repository, history_size: int) -> None:
         self.channel_id = channel_id
-        self.clients: set[Client] = set()  # all connections
-        # Those whose cursor is `head`, each with the descriptor that may be written to, or -1: most of what it costs to
-        # deliver is memory that has to be fetched, so of a client that only listens nothing is touched.
-        self.live: dict[Client, int] = {}
+        self.audience = Audience(channel_id)
         self.stored = 0  # the newest id of a message that this server stored, since ids started
         self.tail = Tail(history_size)  # of the log, up to what the live clients were given
         self._repository = repository
@@ -54,8 +47,7 @@ class Room:
         self._loading: asyncio.Task[None] | None = None
         self.catching_up: asyncio.Task[None] | None = None  # while the log is being read
         self._progress: asyncio.Future[None] | None = None  # for those who wait in reach()
-        self._commits_in_flight = 0
-        self._commits_ended = 0
+        self._commits_begun = self._commits_ended = 0  # those between are in flight; they end in their order
         self._spoilt_until = 0  # the last commit that was in flight when something was forgotten
         self._generation = 0  # counts restarts
         self._begun_in = -1  # the generation in which the last commit began
@@ -69,16 +61,6 @@ class Room:
     def head(self) -> int:
         """The newest message id that the live clients were given."""
         return self.tail.head
-
-    @property
-    def doubts(self) -> bool:
-        """Whether somebody's messages were refused, and may be stored all the same."""
-        return any(client.outbox is not None and client.outbox.doubts for client in self.clients)
-
-    @property
-    def owes(self) -> bool:
-        """Whether somebody waits for an ack that stands behind other messages."""
-        return any(client.is_owed for client in self.clients)
 
     # -- starting and ending -----------------------------------------------------------------------
 
@@ -116,12 +98,11 @@ class Room:
 
     def begin_commit(self) -> None:
         """A commit of this server is on its way: the log is not to be read past it before its answer."""
-        self._commits_in_flight += 1
+        self._commits_begun += 1
         self._begun_in = self._generation
 
     def end_commit(self) -> None:
         """The answer has been dealt with."""
-        self._commits_in_flight -= 1
         self._commits_ended += 1
         if self._commits_ended <= self._spoilt_until:
             self._drop()  # what was forgotten may be in it
@@ -162,15 +143,9 @@ class Room:
         self._heard = max(self._heard, message_id)
         self._pursue()
 
-    def settle(self, compared_at: float) -> None:
-        """All that the log had at that time, by `time.monotonic()`, has come up."""
-        for client in self.clients:
-            if client.outbox is not None:
-                client.outbox.settle(compared_at)
-
     def forget(self) -> None:
         """Messages were deleted or changed: do not send the old ones from memory."""
-        self._spoilt_until = self._commits_ended + self._commits_in_flight
+        self._spoilt_until = self._commits_begun
         self._drop()
 
     def _drop(self) -> None:
@@ -192,7 +167,7 @@ class Room:
         """
         loop = asyncio.get_running_loop()
         end = loop.time() + REACH_TIMEOUT
-        commits = self._commits_ended + self._commits_in_flight  # they end in their order
+        commits = self._commits_begun
         before = self._readings  # earlier ones may be from before the log had the message
         while True:
             reading, read_to = self._read_to
@@ -211,7 +186,7 @@ class Room:
     def _pursue(self) -> None:
         # A hint may be of a commit in flight, whose frames its sender must not get. After the answer
         # each sender knows its own, so only then is the hint a target.
-        if not self._commits_in_flight:
+        if self._commits_ended == self._commits_begun:
             self._target, self._heard = max(self._target, self._heard), 0
         if self._loaded and self._target > self.tail.head and self.catching_up is None:
             self.catching_up = asyncio.create_task(self._catch_up())
@@ -254,9 +229,7 @@ class Room:
 
     async def _recognise(self, messages: Sequence[OutgoingMessage]) -> None:
         """Find the messages of unknown fate among those from the log: their senders must not get them."""
-        outboxes = [
-            client.outbox for client in self.clients if client.outbox is not None and client.outbox.awaits
-        ]
+        outboxes = [outbox for outbox in self.audience.outboxes() if outbox.unsettled or outbox.doubts]
         users = {outbox.user_id for outbox in outboxes}
         if ids := [message.message_id for message in messages if message.user_id in users]:
             nonces = await self._repository.nonces_of(self.channel_id, ids)
@@ -277,29 +250,28 @@ class Room:
             return
         self.tail.extend(page)
         self._tell_progress()
-        lagging = []
-        # As write_some does, but a call of Python for each client would be a third of all that this costs in Python.
-        blob, size, write = page.blob, len(page.blob), os.write
-        for client, descriptor in self.live.items():
-            written = 0
-            try:
-                if descriptor >= 0 and (written := write(descriptor, blob)) == size:
-                    continue
-            except OSError:  # it is full, or broken: the transport will see which
-                pass
-            try:
-                if (changed := client.deliver(page, written)) is None:
-                    lagging.append(client)
-                else:
-                    self.live[client] = changed
-            except Exception:  # the rows are stored: one bad connection must not keep them from the others
-                logger.exception("channel %d: a connection failed and was aborted", self.channel_id)
-                client.abort()
-        for client in lagging:
-            self.live.pop(client, None)
-            client.fall_behind(before)
+        self.audience.deliver(page, before)
 
     # -- reading it --------------------------------------------------------------------------------
+
+    async def seek(self, after: int | None, limit: int) -> tuple[int, bool]:
+        """Where one who joins starts: before the last messages, or at `after`, but with no more than `limit` to come.
+
+        Returns the cursor, and whether it is behind `after`, so that there is a gap. Raises `Unavailable`.
+        """
+        await self.load()
+        if after is None:
+            return self.tail.history_cursor(), False
+        if after > self.head:  # the room may be behind the log
+            newest = (await self._repository.newest_ids([self.channel_id]))[self.channel_id]
+            await self.reach(min(after, newest))
+            # Beyond the newest row there is nothing, its rows were deleted; new ones have greater ids.
+            after = min(after, self.head)
+        if (page := self.tail.since(after)) is None:
+            start = await self._repository.nth_newest_id(self.channel_id, after, self.head, limit)
+        else:
+            start = page.frames[-limit - 1][0] if len(page.frames) > limit else None
+        return (after, False) if start is None else (start, True)
 
     async def read(self, cursor: int) -> Page:
         """A page of what follows `cursor`, from the log. Raises `Unavailable`."""
@@ -307,11 +279,3 @@ class Room:
         messages = await self._repository.load_messages_after(self.channel_id, cursor, until, PAGE_SIZE)
         frames = encode_all(messages)
         return page_of(frames, frames[-1][0] if len(frames) == PAGE_SIZE else until)
-
-    def tell_others(self, sender: Client, data: bytes) -> None:
-        """Pass a frame that is not stored to all live clients but its sender."""
-        for client, descriptor in self.live.items():
-            if client is not sender:
-                written = write_some(descriptor, data)
-                if written < len(data):
-                    client.offer(data[written:])

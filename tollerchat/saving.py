@@ -1,6 +1,5 @@
 """`Saver`: how a batch of messages is stored, and each of them gets a result of its own."""
 
-import logging
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -9,24 +8,12 @@ import psycopg2
 
 from tollerchat.config import Config
 from tollerchat.connection import Connection, ConnectionWatch
-from tollerchat.database import TIME_FORMAT
-from tollerchat.errors import (
-    ChannelLocked,
-    ChatError,
-    InvalidContent,
-    NonceConflict,
-    NotFound,
-    NotStored,
-    Unavailable,
-)
-from tollerchat.logs import Seldom
+from tollerchat.database import TIME_FORMAT, explain_refusal, is_of_rows
+from tollerchat.errors import ChannelLocked, ChatError, NonceConflict, Unavailable
 from tollerchat.protocol import OutgoingMessage
 from tollerchat.session import Sessions
 
 __all__ = ("LOCK_KEY", "SERVERS_KEY", "SESSIONS", "NewMessage", "SaveResult", "Saved", "Saver")
-
-logger = logging.getLogger("tollerchat.saving")
-logger.addFilter(Seldom())  # it may be about many at once
 
 SESSIONS: Final = 2  # how many batches can be stored at a time
 
@@ -120,12 +107,6 @@ _PREPARE = f"""
         ),
         to_char(created_at AT TIME ZONE 'UTC', {TIME_FORMAT})"""
 
-# Errors that may be about a single row of a batch, by class (PostgreSQL's manual, appendix A). Some are final:
-# of data, constraints, routines, views, limits, triggers, policies.
-_REFUSALS = ("21", "22", "23", "38", "39", "44", "54", "P0")
-# Others may pass: conflicts between transactions, objects in use, cancelled queries, internal errors.
-_PASSING = ("40", "55", "57014", "XX")
-
 
 class NewMessage(msgspec.Struct, gc=False):
     """A message that is to be stored."""
@@ -194,7 +175,7 @@ class Saver:
             return await self._save_unlocked(batch, heads, channel_ids)
         except psycopg2.Error as exc:
             if len(batch) == 1:
-                return [_explain_refusal(exc)]
+                return [explain_refusal(exc)]
             half = len(batch) // 2
             return await self._save_parts(
                 batch, heads, [range(half), range(half, len(batch))], {}, settings=settings
@@ -260,7 +241,7 @@ class Saver:
 
     def _run(self, sql: str | bytes, parameters: Any = None) -> Awaitable[list[tuple[Any, ...]]]:
         """Run a query. Raises `psycopg2.Error` if it may be about single rows, else `Unavailable`."""
-        return self._sessions.run(sql, parameters, expects=_is_of_rows)
+        return self._sessions.run(sql, parameters, expects=is_of_rows)
 
     async def _prepare(self, connection: Connection) -> None:
         ((sequence,),) = await connection.query("SELECT pg_get_serial_sequence('messages', 'id')")
@@ -295,26 +276,3 @@ def _results(
         else:
             results.append(NonceConflict("this nonce was used for a message with other content"))
     return results
-
-
-def _is_of_rows(exc: psycopg2.Error) -> bool:
-    """Whether an answer may be about single rows."""
-    if exc.diag.source_function == "PreCommit_Notify":  # the queue of notifications is full
-        return False
-    of_trigger = exc.diag.context is not None
-    return of_trigger or _is_of_policy(exc) or str(exc.pgcode).startswith((*_REFUSALS, *_PASSING))
-
-
-def _is_of_policy(exc: psycopg2.Error) -> bool:
-    # By its code alone, 42501, it could be a privilege that we lack.
-    return bool(exc.diag.source_function == "ExecWithCheckOptions")
-
-
-def _explain_refusal(exc: psycopg2.Error) -> ChatError:
-    """Why the database did not take a message."""
-    if isinstance(exc, psycopg2.errors.ForeignKeyViolation):
-        return NotFound("the channel or the user does not exist any more")
-    logger.warning("the database refused a message: %s", exc.pgcode)
-    if (exc.pgcode or "").startswith(_REFUSALS) or _is_of_policy(exc):
-        return InvalidContent("the database refused the message")
-    return NotStored("the database could not store the message")

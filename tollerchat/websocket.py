@@ -42,7 +42,7 @@ class Listener(Protocol):
     def drained(self) -> None:
         """The connection is not full any more."""
 
-    def closing(self) -> None:
+    def write_ended(self) -> None:
         """Nothing is to be written any more."""
 
     def lost(self) -> None:
@@ -53,7 +53,7 @@ class WebSocket(asyncio.Protocol):
     """A connection after its handshake, taken over from aiohttp.
 
     aiohttp would keep the request, its parser and two tasks for as long as the connection is open, and
-    switch tasks for each frame. Without them, an idle connection is a transport and this.
+    switch tasks for each frame. Without them, an idle connection is a transport, this and its `Inbox`.
     """
 
     __slots__ = (
@@ -138,9 +138,9 @@ class WebSocket(asyncio.Protocol):
     @property
     def blocked(self) -> bool:
         """Whether nothing more is to be taken: too much that the peer sent, or is sent, is under way."""
-        if self.busy:
+        if self.busy:  # which no longer counts when nothing more is taken
             return not self.deaf
-        return self.full and not self.closing
+        return self.full and not self.closing  # else nothing more is written to it
 
     def read_on(self) -> None:
         """Take what was received, in turn: nothing hinders it any more."""
@@ -246,7 +246,7 @@ class WebSocket(asyncio.Protocol):
         if not self._closing:
             self._closing = True
             self._direct = False
-            self._listener.closing()
+            self._listener.write_ended()
             self._abort_timer = self.loop.call_later(CLOSE_TIMEOUT, self.transport.abort)
 
     def is_stuck(self, now: float, timeout: float) -> bool:
@@ -266,7 +266,7 @@ class WebSocket(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._closing = self.is_lost = True
         self._direct = False  # from now on, the descriptor may be another connection's
-        self._listener.closing()
+        self._listener.write_ended()
         if self._abort_timer is not None:
             self._abort_timer.cancel()
         if self.deaf:
@@ -278,8 +278,7 @@ class WebSocket(asyncio.Protocol):
 
     def end(self) -> None:
         """The connection is gone, and all that came over it was dealt with."""
-        self.is_lost = False  # so that it is told once
-        self._inbox.close()
+        self._inbox.close()  # so that it is told once
         self._listener.lost()
 
 

@@ -107,7 +107,7 @@ class MessageWriter:
         self._flushed = asyncio.get_running_loop().create_future()
         self._tell_if_idle()
         await self._flushed
-        await self._hub.settle()
+        await self._hub.catch_up()
 
     async def run(self) -> None:
         """Store what is submitted, until cancelled."""
