@@ -225,7 +225,15 @@ async def test_token_of_a_shorter_life_ends_the_session_sooner(server):
     assert time.monotonic() - start < 3
 
 
-@pytest.mark.parametrize("bad", [token(2), token(exp=NOW - 5), "garbage"])
+@pytest.mark.parametrize(
+    "bad",
+    [token(2), token(exp=NOW - 5), "garbage"],
+    ids=[
+        "of another user",
+        "expired",
+        "garbage",
+    ],  # not the tokens: each process that collects tests has others
+)
 async def test_token_of_another_user_or_a_bad_one_does_not_extend(server, bad):
     chatter = await server.connect(1)
     await chatter.send_frame({"type": "auth", "token": bad})
