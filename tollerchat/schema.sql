@@ -33,6 +33,8 @@ CREATE TABLE IF NOT EXISTS channel_users (
     PRIMARY KEY (channel_id, user_id)
 );
 
+-- A long message stays in its row, up to a whole page, as it is: to compress it takes longer than all the rest of
+-- storing it, and to have it elsewhere, than all the rest of reading it.
 CREATE TABLE IF NOT EXISTS messages (
     id          BIGSERIAL PRIMARY KEY,
     channel_id  INT REFERENCES channels (id) ON DELETE CASCADE,
@@ -40,7 +42,7 @@ CREATE TABLE IF NOT EXISTS messages (
     content     TEXT NOT NULL,
     created_at  TIMESTAMPTZ DEFAULT CURRENT_TIMESTAMP,
     nonce       TEXT
-);
+) WITH (toast_tuple_target = 8160);
 
 -- Servers that listen: a random number of each, which each holds an advisory lock of for as long as it does. Without
 -- WAL: after a crash of PostgreSQL, all have to connect again anyway.
@@ -87,9 +89,6 @@ DECLARE
         FROM pg_attribute WHERE attrelid = 'messages'::regclass AND attnum > 0 AND NOT attisdropped
     );
     sequence CONSTANT text := pg_get_serial_sequence('messages', 'id');
-    is_new CONSTANT boolean := (
-        SELECT xmin = pg_current_xact_id()::xid FROM pg_class WHERE oid = 'messages'::regclass
-    );
 BEGIN
     IF type_of ->> 'id' = 'integer' THEN
         ALTER TABLE messages ALTER COLUMN id TYPE BIGINT;
@@ -100,16 +99,6 @@ BEGIN
     END IF;
     IF type_of ->> 'nonce' IS NULL THEN
         ALTER TABLE messages ADD COLUMN nonce TEXT;
-    END IF;
-
-    -- To compress a long message with pglz, the default, takes longer than all the rest of storing it. A table that is
-    -- there already stays as it is: somebody may have wanted it so.
-    IF is_new THEN
-        BEGIN
-            ALTER TABLE messages ALTER COLUMN content SET COMPRESSION lz4;
-        EXCEPTION WHEN feature_not_supported THEN  -- this PostgreSQL was built without it
-            ALTER TABLE messages ALTER COLUMN content SET STORAGE EXTERNAL;
-        END;
     END IF;
 
     -- Ids that a session keeps for later would come after greater ones. Servers take an altered sequence for one that
