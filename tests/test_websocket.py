@@ -11,7 +11,7 @@ import pytest
 from tests.raw_client import client_frame
 from tests.support import WAIT
 from tollerchat import turns as turns_module
-from tollerchat.inbox import FRAMES
+from tollerchat.reader import FRAMES
 from tollerchat.turns import Turns
 from tollerchat.websocket import BUFFER_LIMIT, WebSocket
 

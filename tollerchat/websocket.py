@@ -11,9 +11,9 @@ from typing import Final, Protocol
 from aiohttp import WSCloseCode, web
 from aiohttp.http import WebSocketError, WSMessage, WSMsgType
 
-from tollerchat.inbox import Inbox
 from tollerchat.progress import Progress
 from tollerchat.protocol import CloseCode, close_frame, pong_frame
+from tollerchat.reader import FrameReader
 from tollerchat.turns import Turns
 
 __all__ = ("BUFFER_LIMIT", "CLOSE_TIMEOUT", "WebSocket", "write_some")
@@ -53,7 +53,7 @@ class WebSocket(asyncio.Protocol):
     """A connection after its handshake, taken over from aiohttp.
 
     aiohttp would keep the request, its parser and two tasks for as long as the connection is open, and
-    switch tasks for each frame. Without them, an idle connection is a transport, this and its `Inbox`.
+    switch tasks for each frame. Without them, an idle connection is a transport, this and its `FrameReader`.
     """
 
     __slots__ = (
@@ -62,9 +62,9 @@ class WebSocket(asyncio.Protocol):
         "_descriptor",
         "_direct",
         "_held",
-        "_inbox",
         "_listener",
         "_progress",
+        "_reader",
         "busy",
         "deaf",
         "full",
@@ -91,7 +91,7 @@ class WebSocket(asyncio.Protocol):
         self._descriptor = _descriptor(transport)
         self._direct = False  # nothing is in the way of a write: the system can be called at once
         self._progress: Progress | None = None  # while the buffer is full
-        self._inbox = Inbox(self, turns, max_size=max_size)
+        self._reader = FrameReader(self, turns, max_size=max_size)
         transport.set_write_buffer_limits(high=BUFFER_LIMIT)
         # The kernel's buffer would grow to megabytes, and hide for seconds that a slow peer does read.
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
@@ -107,7 +107,7 @@ class WebSocket(asyncio.Protocol):
         if handler.writing_paused:
             # By answers to requests before this one; the transport tells that only once.
             self.pause_writing()
-        self._inbox.resume()  # aiohttp may have paused it
+        self._reader.resume()  # aiohttp may have paused it
         handler.transport = None  # not to be closed by what follows
         handler.set_parser(self)  # type: ignore[arg-type]  # any object of this shape
         handler.connection_lost(None)
@@ -116,7 +116,7 @@ class WebSocket(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = self.loop.time()
-        self._inbox.receive(data)
+        self._reader.receive(data)
 
     def eof_received(self) -> None:
         """The peer sends no more: what is in the buffer still goes out, and then the transport closes."""
@@ -124,7 +124,7 @@ class WebSocket(asyncio.Protocol):
 
     def feed_data(self, data: bytes) -> tuple[bool, bytes]:
         """As aiohttp's parsers have it: what the peer sent right behind its request."""
-        self._inbox.receive(data)
+        self._reader.receive(data)
         return False, b""
 
     def feed_eof(self) -> None:
@@ -133,7 +133,7 @@ class WebSocket(asyncio.Protocol):
     @property
     def paused(self) -> bool:
         """Whether the peer is not read."""
-        return self._inbox.paused
+        return self._reader.paused
 
     @property
     def blocked(self) -> bool:
@@ -144,7 +144,7 @@ class WebSocket(asyncio.Protocol):
 
     def read_on(self) -> None:
         """Take what was received, in turn: nothing hinders it any more."""
-        self._inbox.read_on()
+        self._reader.read_on()
 
     def take(self, frame: WSMessage) -> None:
         """A frame came."""
@@ -270,15 +270,15 @@ class WebSocket(asyncio.Protocol):
         if self._abort_timer is not None:
             self._abort_timer.cancel()
         if self.deaf:
-            self._inbox.clear()
-        if self._inbox.is_empty:
+            self._reader.clear()
+        if self._reader.is_empty:
             self.end()
         else:  # TLS tells of the end before all that came ahead of it is parsed
             self.read_on()
 
     def end(self) -> None:
         """The connection is gone, and all that came over it was dealt with."""
-        self._inbox.close()  # so that it is told once
+        self._reader.close()  # so that it is told once
         self._listener.lost()
 
 

@@ -1,4 +1,4 @@
-"""`Inbox`: what a connection has received, until it is dealt with."""
+"""`FrameReader`: the receiving half of a connection, bytes in and frames out, in turns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tollerchat.turns import Turns
 if TYPE_CHECKING:
     from tollerchat.websocket import WebSocket
 
-__all__ = ("Inbox",)
+__all__ = ("FrameReader",)
 
 SLICE: Final = 4096  # bytes parsed at a time
 FRAMES: Final = 64  # taken at a time: there may be thousands in a slice
@@ -21,13 +21,13 @@ FRAMES: Final = 64  # taken at a time: there may be thousands in a slice
 UNPARSED: Final = 16 * 1024
 
 
-class Inbox(WebSocketDataQueue):
-    """Bytes that are not parsed yet, and frames that are not taken yet; both are dealt with in turns.
+class FrameReader(WebSocketDataQueue):
+    """What was received and is not dealt with yet: bytes, and sometimes frames; both wait for their turn.
 
-    aiohttp's parser takes it for the queue of its frames; but most are taken at once.
+    aiohttp's parser takes it for the queue of its frames; but most are dealt with at once.
     """
 
-    __slots__ = ("_budget", "_pending", "_reader", "_turns", "_unparsed", "_waits", "_websocket", "paused")
+    __slots__ = ("_budget", "_parser", "_pending", "_turns", "_unparsed", "_waits", "_websocket", "paused")
 
     # What the parser asks of a queue. The rest of it is not made: it would be a sixth of an idle connection.
     _size = _limit = 0
@@ -41,7 +41,7 @@ class Inbox(WebSocketDataQueue):
         self._budget = 0  # frames that may be taken yet in this turn
         self._pending: list[WSMessage] | None = None  # parsed, but not taken in their turn; rarely made
         # aiohttp refuses messages of exactly its limit.
-        self._reader: WebSocketReader | None = WebSocketReader(
+        self._parser: WebSocketReader | None = WebSocketReader(
             self, max_size + 1, compress=False, decode_text=True
         )
 
@@ -68,7 +68,7 @@ class Inbox(WebSocketDataQueue):
     def _turn(self) -> None:
         """Deal with some of what is here, unless that is blocked; who ends that calls `read_on`."""
         self._waits = False
-        if (reader := self._reader) is None or (websocket := self._websocket).blocked:
+        if (parser := self._parser) is None or (websocket := self._websocket).blocked:
             return
         websocket.hold()
         self._budget = FRAMES
@@ -81,7 +81,7 @@ class Inbox(WebSocketDataQueue):
                     websocket.fail(exc)
         elif data := self._unparsed:
             self._unparsed = data[SLICE:]
-            reader.feed_data(data[:SLICE])
+            parser.feed_data(data[:SLICE])
         websocket.release()
         if self._unparsed or self._pending:
             self.read_on()
@@ -116,5 +116,5 @@ class Inbox(WebSocketDataQueue):
 
     def close(self) -> None:
         """Nothing more will come."""
-        self._reader = None  # without cycles, memory is free at once
+        self._parser = None  # without cycles, memory is free at once
         del self._websocket
