@@ -48,6 +48,20 @@ async def test_answer_that_came_while_the_server_stood_still_is_read_before_its_
     await process.wait()
 
 
+def test_connection_whose_descriptor_is_closed_already_can_be_closed(database):
+    """By libpq, while it was still sending; asyncio's loop complains of it, uvloop does not."""
+
+    async def close():
+        conn = await connect(database.url, timeout=WAIT, **OPTIONS)
+        conn._watch_for_writing(True)
+        os.close(conn._fileno)
+        conn.close()
+        assert conn.closed
+
+    with contextlib.closing(asyncio.SelectorEventLoop()) as loop:
+        loop.run_until_complete(close())
+
+
 async def test_query_that_is_cancelled_when_its_time_is_over_does_not_end_the_watch(watched):
     conn, watching = watched
     waiting = asyncio.create_task(query(conn, "SELECT pg_sleep(60)", timeout=0))

@@ -120,7 +120,9 @@ class Connection(aiopg.Connection):
             return
         self._ended = True
         try:
-            super()._close()
+            # libpq may have closed the descriptor: then asyncio's loop has nothing to forget, and says so.
+            with contextlib.suppress(OSError):
+                super()._close()
         finally:  # uvloop may refuse to forget the descriptor
             self._conn.close()
             if self._waiter is not None and not self._waiter.done():
