@@ -199,7 +199,7 @@ async def test_no_log_has_a_token_of_a_malformed_request(server, caplog, request
 
 async def test_connection_ends_when_its_token_expires(serve, config):
     server = await serve(dataclasses.replace(config, ping_interval=1))
-    url = f"{server.url}/ws/channel/1?token={token(exp=int(time.time()) + 1)}"
+    url = f"{server.url}/ws/channel/1?token={token(exp=int(time.time()) + 2)}"
     assert await Chatter(await server.session.ws_connect(url)).closed() == 4401
 
 
@@ -216,13 +216,12 @@ async def test_fresh_token_extends_the_session(serve, config):
 
 async def test_token_of_a_shorter_life_ends_the_session_sooner(server):
     chatter = await server.connect(1)
-    await until(
-        lambda: all(client.due for client in server.app[hub_key].rooms[1].audience.clients)
-    )  # it was checked
+    (client,) = server.app[hub_key].rooms[1].audience.clients
+    await until(lambda: client.due)  # it was checked, and will be again after 5 seconds
     start = time.monotonic()
-    await chatter.send_frame({"type": "auth", "token": token(exp=int(time.time()) + 1)})
+    await chatter.send_frame({"type": "auth", "token": token(exp=int(time.time()) + 2)})
     assert await chatter.closed() == 4401
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 4.5
 
 
 @pytest.mark.parametrize(
