@@ -221,17 +221,13 @@ async def test_token_of_a_shorter_life_ends_the_session_sooner(server):
     start = time.monotonic()
     await chatter.send_frame({"type": "auth", "token": token(exp=int(time.time()) + 2)})
     assert await chatter.closed() == 4401
-    assert time.monotonic() - start < 4.5
+    assert time.monotonic() - start < 4
 
 
+# By name: the tokens are others in each process that collects tests.
 @pytest.mark.parametrize(
     "bad",
-    [token(2), token(exp=NOW - 5), "garbage"],
-    ids=[
-        "of another user",
-        "expired",
-        "garbage",
-    ],  # not the tokens: each process that collects tests has others
+    [pytest.param(token(2), id="of another user"), pytest.param(token(exp=NOW - 5), id="expired"), "garbage"],
 )
 async def test_token_of_another_user_or_a_bad_one_does_not_extend(server, bad):
     chatter = await server.connect(1)

@@ -83,7 +83,7 @@ class FrameReader(WebSocketDataQueue):
             self._unparsed = data[SLICE:]
             parser.feed_data(data[:SLICE])
         websocket.release()
-        if self._unparsed or self._pending:
+        if not self.is_empty:
             self.read_on()
         elif websocket.is_lost:
             websocket.end()

@@ -23,8 +23,8 @@ logger = logging.getLogger("tollerchat.websocket")
 # Bytes that may wait in a connection's buffer; beyond, it is full until a quarter of them is left.
 BUFFER_LIMIT: Final = 64 * 1024
 SEND_BUFFER: Final = 128 * 1024  # bytes in the kernel, for one connection
-TEXT: Final = WSMsgType.TEXT  # looked up once: before Python 3.12, that takes as long as to take a frame
 CLOSE_TIMEOUT: Final = 2.0  # seconds for the closing handshake; then the connection is aborted
+TEXT: Final = WSMsgType.TEXT  # looked up once: before Python 3.12, that takes as long as to take a frame
 
 
 class Listener(Protocol):

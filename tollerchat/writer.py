@@ -92,8 +92,7 @@ class MessageWriter:
             behind.append(submission)
         else:
             self._ready.setdefault(message.channel_id, []).append(submission)
-            if self._resting:
-                self._wake()
+            self._wake()
 
     async def flush(self, timeout: float) -> None:
         """Take nothing more, and wait until all that was taken has its answer.
