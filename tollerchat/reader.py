@@ -116,5 +116,5 @@ class FrameReader(WebSocketDataQueue):
 
     def close(self) -> None:
         """Nothing more will come."""
-        self._parser = None  # without cycles, memory is free at once
+        self._parser = None  # these would be cycles
         del self._websocket

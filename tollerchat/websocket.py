@@ -279,7 +279,9 @@ class WebSocket(asyncio.Protocol):
     def end(self) -> None:
         """The connection is gone, and all that came over it was dealt with."""
         self._reader.close()  # so that it is told once
-        self._listener.lost()
+        listener = self._listener
+        del self._listener  # without cycles, memory is free at once
+        listener.lost()
 
 
 def write_some(descriptor: int, data: bytes) -> int:

@@ -129,8 +129,8 @@ class MessageWriter:
                 await resting
             if self._closed:
                 self._refuse_late()
-            if batch := self._next():
-                await self._store(batch)
+            if self._ready:
+                await self._store(self._next())
 
     def _may_begin(self) -> bool:
         return bool(self._ready) and self._storing <= FEW and self._pause is None
