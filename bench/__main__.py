@@ -3,6 +3,8 @@
 import argparse
 import gc
 import os
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -11,6 +13,7 @@ if not hasattr(os, "sched_setaffinity"):
     sys.exit("bench: needs Linux: it reads /proc and binds processes to cores")
 
 from bench import chart, connections, figures, machine
+from bench.beside import beside
 from bench.report import Progress
 from bench.subjects import Cluster
 
@@ -41,7 +44,7 @@ def main() -> None:
     # Inherited by the database, which stays on these cores.
     os.sched_setaffinity(0, machine.OTHER_CORES)
     started = time.monotonic()
-    with Cluster.run() as cluster:
+    with Cluster.run("tollerchat", "other" if arguments.beside else "obvious") as cluster:
         os.sched_setaffinity(0, machine.GENERATOR_CORE)
         gc.freeze()
         gc.disable()
@@ -52,10 +55,12 @@ def main() -> None:
             runs=arguments.runs,
             full=arguments.full,
             max_connections=max_connections,
+            beside=arguments.beside,
         )
         description = {"size": arguments.size, "machine": machine.describe(cluster.version())}
-        for name in arguments.names or FIGURES:
-            figure = FIGURES[name](bench)
+        for figure in (
+            beside(bench) if arguments.beside else (FIGURES[name](bench) for name in arguments.names)
+        ):
             progress.clear()
             print(figure.table(), end="\n\n", flush=True)
             if arguments.write:
@@ -75,7 +80,21 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5, help="runs of each figure (default: %(default)s)")
     parser.add_argument("--full", action="store_true", help="growth also with 10 million messages")
     parser.add_argument("--no-write", dest="write", action="store_false", help="leave bench/results/ alone")
+    parser.add_argument(
+        "--beside",
+        default="",
+        metavar="COMMAND",
+        help="instead of all this, compare with another server of the same protocol, which takes PORT, DB_URL and "
+        "JWT_SECRET from its environment",
+    )
     arguments = parser.parse_args()
+    if arguments.beside:
+        arguments.write = False
+        if arguments.names:
+            parser.error("--beside has figures of its own: name none")
+        if not shutil.which(program := shlex.split(arguments.beside)[0]):
+            parser.error(f"--beside: no program {program}")
+    arguments.names = arguments.names or list(FIGURES)
     for name in arguments.names:
         if name not in FIGURES:
             parser.error(f"no figure {name}: choose from {', '.join(FIGURES)}")

@@ -59,15 +59,15 @@ class Client:
                 raise ConnectionError(f"not upgraded: {data.decode(errors='replace')}")
             data = frames
         position = 0
-        for end in frame_ends(data):
+        for end, is_last in frame_ends(data):
             position = end
-            self.awaited -= 1
+            self.awaited -= is_last
         self.rest = data[position:]
         return self.awaited <= 0
 
 
-def frame_ends(data: bytes) -> Iterator[int]:
-    """Where each whole frame ends."""
+def frame_ends(data: bytes) -> Iterator[tuple[int, bool]]:
+    """Where each whole frame ends, and whether it is the last one of its message."""
     start = 0
     while start + 2 <= len(data):
         size, head = data[start + 1], 2
@@ -78,5 +78,5 @@ def frame_ends(data: bytes) -> Iterator[int]:
             return
         if data[start] & 0x0F == 8:
             raise ConnectionError(f"closed by the server: {data[start + head : end]!r}")
-        yield end
+        yield end, data[start] >= 0x80
         start = end

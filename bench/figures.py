@@ -31,6 +31,7 @@ class Bench:
     runs: int
     full: bool
     max_connections: int
+    beside: str  # the command of another server, if one is to be measured
 
     @contextlib.contextmanager
     def servers(self, *, rooms: int = 1, history: int = 1) -> Iterator[tuple[Server, Server]]:

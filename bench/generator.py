@@ -166,7 +166,7 @@ class Generator:
             self.wait_for(size)
 
     def closed_loop(self, senders: Sequence[Client], seconds: float, size: int) -> int:
-        """Each sender sends its next message when its last one is answered; returns how many were.
+        """Each sender sends its next message when one is answered; returns how many were.
 
         Ends when each of these has caused its `size` bytes in all.
         """
@@ -191,11 +191,11 @@ class Generator:
                 buffer[:tail_size] = sender.tail
                 answered = buffer.count(sender.marker, 0, tail_size + got)
                 sender.tail = buffer[got : got + tail_size]
-                if answered:
-                    answers += answered
-                    if over:
-                        under_way -= 1
-                    else:
+                answers += answered
+                if over:
+                    under_way -= answered
+                else:
+                    for _ in range(answered):
                         sender.sock.send(sender.frame)
         self.wait_for(answers * size - received)
         return answers

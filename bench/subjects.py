@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import psycopg2
@@ -36,6 +36,7 @@ __all__ = (
     "Tollerchat",
 )
 
+PYTHON = (sys.executable, "-m")
 SECRET = "a secret for benchmarks that is long enough"
 # Ids of equal length, so that all frames of a kind have one size.
 USERS = range(10_001, 30_001)
@@ -60,22 +61,23 @@ SEED = f"""
 class Cluster:
     """A PostgreSQL with a database for each server, of the same tables and indexes."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, names: Sequence[str]) -> None:
         self.url = url
+        self._names = names
 
     @classmethod
     @contextlib.contextmanager
-    def run(cls) -> Iterator["Cluster"]:
+    def run(cls, *names: str) -> Iterator["Cluster"]:
         directory = Path(tempfile.mkdtemp(prefix="bench-"))
         try:
             with run_postgres(directory) as url:
-                cluster = cls(url)
-                for name in ("tollerchat", "obvious"):
+                cluster = cls(url, names)
+                for name in names:
                     cluster.execute(f"CREATE DATABASE {name}")
                     cluster.execute(read_schema(), database=name)
                     cluster.execute(TEST_DATA, database=name)
-                # The triggers serve tollerchat alone; the baseline shall not pay for them.
-                cluster.execute("ALTER TABLE messages DISABLE TRIGGER USER", database="obvious")
+                    if name != Tollerchat.name:  # the triggers serve it alone; others shall not pay for them
+                        cluster.execute("ALTER TABLE messages DISABLE TRIGGER USER", database=name)
                 yield cluster
         finally:
             shutil.rmtree(directory, ignore_errors=True)
@@ -93,11 +95,9 @@ class Cluster:
     def version(self) -> str:
         return str(self.execute("SHOW server_version")).split()[0]
 
-    def seed(
-        self, *, rooms: int, messages: int, size: int, names: Iterable[str] = ("tollerchat", "obvious")
-    ) -> None:
-        """Leave exactly `messages` messages, spread over the first `rooms` channels."""
-        for name in names:
+    def seed(self, *, rooms: int, messages: int, size: int, names: Iterable[str] = ()) -> None:
+        """Leave exactly `messages` messages, spread over the first `rooms` channels; by default, in all databases."""
+        for name in names or self._names:
             self.execute(SEED, rooms, size, messages, database=name)
 
 
@@ -106,14 +106,14 @@ class Process(contextlib.AbstractContextManager):
 
     name: str
 
-    def __init__(self, *arguments: str, db_url: str = "") -> None:
+    def __init__(self, *command: str, db_url: str = "") -> None:
         self.port = _free_port()
         environ = {**os.environ, "PORT": str(self.port), "JWT_SECRET": SECRET, "DB_URL": db_url}
         # No pings: they would disturb the count of bytes.
         environ |= {"PING_INTERVAL": "3600", "PONG_TIMEOUT": "7200"}
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *arguments],
+            command,
             env=environ,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -171,13 +171,13 @@ class Process(contextlib.AbstractContextManager):
 class Server(Process):
     """A chat server."""
 
-    module: str
+    command: Sequence[str]
     extra_headers = ""
     extra_frames = 0  # beside the history, on joining
     extra_deliveries = 0  # beside all others in the room
 
     def __init__(self, cluster: Cluster) -> None:
-        super().__init__(self.module, db_url=cluster.database_url(self.name))
+        super().__init__(*self.command, db_url=cluster.database_url(self.name))
         self.wait_until_listening()
 
     def request(self, channel_id: int, user_id: int, *, after: int | None = None) -> bytes:
@@ -209,11 +209,12 @@ class Server(Process):
         """How many bytes a message is to those who receive it, and to its sender."""
         sender.send()
         sizes = self.generator.wait_for_quiet()
-        return sizes[receiver.fd], sizes[sender.fd]
+        return sizes[receiver.fd], sizes.get(sender.fd, 0)
 
 
 class Tollerchat(Server):
-    name = module = "tollerchat"
+    name = "tollerchat"
+    command = (*PYTHON, "tollerchat")
     extra_headers = "Sec-WebSocket-Protocol: tollerchat.v1\r\n"
     extra_frames = 1  # ready
 
@@ -222,7 +223,8 @@ class Tollerchat(Server):
 
 
 class Obvious(Server):
-    name, module = "obvious", "bench.obvious"
+    name = "obvious"
+    command = (*PYTHON, "bench.obvious")
     extra_deliveries = 1  # no acks: senders get their own messages
 
     def marker(self, user_id: int) -> bytes:
@@ -235,7 +237,7 @@ class SendLoop(Process):
     name = "send(2) loop"
 
     def __init__(self, count: int, size: int, *, groups: int = 1) -> None:
-        super().__init__("bench.floors", "send", str(count), str(size), str(groups))
+        super().__init__(*PYTHON, "bench.floors", "send", str(count), str(size), str(groups))
         self.process.stdout.readline()  # it listens
         sender = self.generator.connect(1 + groups * count)[0].will_send(b"!")
         self._work = functools.partial(self.generator.one_at_a_time, [sender], count * size)
@@ -253,7 +255,9 @@ class InsertLoop(Process):
 
     def __init__(self, cluster: Cluster, size: int) -> None:
         arguments = map(str, (CHANNELS[0], USERS[0], size))
-        super().__init__("bench.floors", "insert", *arguments, db_url=cluster.database_url("obvious"))
+        super().__init__(
+            *PYTHON, "bench.floors", "insert", *arguments, db_url=cluster.database_url("obvious")
+        )
 
     def run(self, count: int) -> list[float]:
         """Insert so many, one after the other; returns the seconds that each took."""

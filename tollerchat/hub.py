@@ -152,7 +152,7 @@ class Hub:
         self.access.forget()
         self._told = 0
         for client in self._clients():
-            client.close(CloseCode.GOING_AWAY, "the database was emptied: connect again")
+            client.close(CloseCode.GOING_AWAY, "the ids of messages start again: connect again")
         for room in self.rooms.values():  # which live on if somebody is slow to leave
             room.restart()
 
