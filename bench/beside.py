@@ -9,7 +9,7 @@ import shlex
 import statistics
 from collections.abc import Callable, Iterator
 
-from bench.connections import HISTORY
+from bench.connections import HISTORY, cost_of_joining
 from bench.figures import Bench, fill
 from bench.report import Figure
 from bench.subjects import CHANNELS, USERS, Cluster, Server, Tollerchat
@@ -121,30 +121,13 @@ def _pairs(server: Server, bench: Bench) -> Load:
     size = sum(server.sizes(*senders[:2]))
 
     def load() -> dict[str, float]:
-        answers = 0
-
-        def work() -> None:
-            nonlocal answers
-            answers = server.generator.closed_loop(senders, seconds, size)
-
-        return {CPU: server.cpu_of(work) / answers, A_SECOND: answers / seconds}
+        answers, cpu = server.closed_loop(senders, seconds, size)
+        return {CPU: cpu, A_SECOND: answers / seconds}
 
     return load
 
 
 def _join(server: Server) -> Load:
-    count = 200
     server.join(CHANNELS[0], USERS[:1], history=HISTORY)  # stays, and keeps the room in use
-
-    def load() -> dict[str, float]:
-        clients = []
-
-        def work() -> None:
-            clients.extend(server.join(CHANNELS[0], USERS[1 : count + 1], history=HISTORY, at_once=1))
-
-        cpu = server.cpu_of(work)
-        server.generator.drop(clients)
-        server.settle()
-        return {CPU: cpu / count}
-
-    return load
+    cost_of_joining(server)  # the users were here before
+    return lambda: {CPU: cost_of_joining(server)}

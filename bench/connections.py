@@ -10,39 +10,36 @@ from bench.figures import Bench, Room
 from bench.report import Figure
 from bench.subjects import CHANNELS, FIRST_MESSAGE, USERS, Obvious, SendLoop, Server, Tollerchat
 
-__all__ = ("growth", "idle", "join", "storm")
+__all__ = ("HISTORY", "cost_of_joining", "growth", "idle", "join", "storm")
 
 HISTORY = 50
 
 
 def join(bench: Bench) -> Figure:
     """CPU per join with 50 messages of history, one client after the other, into a room that is in use."""
-    count = 200
     figure = Figure("join", "join with 50 messages of history", "ms of CPU per join")
-
-    def load(server: Server) -> float:
-        clients = []
-
-        def work() -> None:
-            clients.extend(server.join(CHANNELS[0], USERS[1 : count + 1], history=HISTORY, at_once=1))
-
-        cpu = server.cpu_of(work) / count / 1e3
-        server.generator.drop(clients)
-        server.settle()
-        return cpu
-
     with bench.servers(history=HISTORY) as servers:
         measures = {}
         for server in servers:
             server.join(CHANNELS[0], USERS[:1], history=HISTORY)  # stays, and keeps the room in use
-            load(server)  # the users were here before
-            measures[server.name] = lambda server=server: load(server)
+            cost_of_joining(server)  # the users were here before
+            measures[server.name] = lambda server=server: cost_of_joining(server) / 1e3
         samples = bench.interleave(figure.name, measures)
     for label, values in samples.items():
         figure.add(label, values)
     figure.compare("tollerchat, ms of CPU", samples["tollerchat"], [1] * bench.runs, 0.22)
     figure.compare("tollerchat / obvious", samples["tollerchat"], samples["obvious"], 0.25)
     return figure
+
+
+def cost_of_joining(server: Server) -> float:
+    """Microseconds of CPU per join, one client after the other."""
+    users = USERS[1:201]
+    clients: list[Client] = []
+    cpu = server.cpu_of(lambda: clients.extend(server.join(CHANNELS[0], users, history=HISTORY, at_once=1)))
+    server.generator.drop(clients)
+    server.settle()
+    return cpu / len(users)
 
 
 def storm(bench: Bench) -> Figure:

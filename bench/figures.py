@@ -113,13 +113,8 @@ def crowd(bench: Bench) -> Figure:
     figure = Figure("crowd", "64 senders in a room of 500", "us of CPU per delivery")
 
     def load(room: Room) -> float:
-        answers = 0
-
-        def work() -> None:
-            nonlocal answers
-            answers = room.server.generator.closed_loop(room.clients[:senders], seconds, room.bytes)
-
-        return room.server.cpu_of(work) / answers / room.deliveries
+        _, cpu = room.server.closed_loop(room.clients[:senders], seconds, room.bytes)
+        return cpu / room.deliveries
 
     with bench.servers() as servers:
         rooms = [fill(server, count, bench) for server in servers]
@@ -141,13 +136,8 @@ def stored(bench: Bench) -> Figure:
     cpu: dict[str, list[float]] = {"tollerchat": [], "obvious": []}
 
     def load(server: Server, senders: list[Client], size: int) -> float:
-        answers = 0
-
-        def work() -> None:
-            nonlocal answers
-            answers = server.generator.closed_loop(senders, seconds, size)
-
-        cpu[server.name].append(server.cpu_of(work) / answers)
+        answers, each = server.closed_loop(senders, seconds, size)
+        cpu[server.name].append(each)
         return answers / seconds
 
     with bench.servers(rooms=rooms) as servers:
