@@ -2,12 +2,16 @@
 
 import asyncio
 import contextlib
+import types
 
+import psycopg2
 import pytest
 
 from tests.support import SECRET, WAIT
 from tollerchat import Config
+from tollerchat import session as session_module
 from tollerchat.connection import ConnectionWatch
+from tollerchat.database import open_connection
 from tollerchat.errors import Unavailable
 from tollerchat.session import Sessions
 
@@ -54,3 +58,55 @@ async def test_one_that_gives_up_passes_its_turn_on(sessions):
     assert second.cancelled()
     assert third.result() == [(3,)]
     assert await sessions.run("SELECT 4", None) == [(4,)]
+
+
+@pytest.fixture
+def few_connections(monkeypatch):
+    """A database that has so many connections for us, and no more."""
+    few_connections = types.SimpleNamespace(most=2, made=[])
+    made = few_connections.made
+
+    async def open_some(config, watch):
+        made[:] = [each for each in made if not (each.done() and each.result().closed)]
+        if len(made) >= few_connections.most:
+            raise psycopg2.OperationalError("FATAL: too many connections")
+        made.append(asyncio.ensure_future(open_connection(config, watch)))
+        return await made[-1]
+
+    monkeypatch.setattr(session_module, "open_connection", open_some)
+    return few_connections
+
+
+@pytest.fixture
+def pool(database):
+    """Four places for connections."""
+    config = Config(db_url=database.url, jwt_secret=SECRET, db_timeout=5)
+    with contextlib.closing(Sessions(config, ConnectionWatch(), 4, nothing)) as pool:
+        yield pool
+
+
+async def test_where_connections_are_few_those_that_there_are_serve_all(pool, few_connections):
+    assert await pool.run("SELECT 1", None) == [(1,)]
+    answers = await asyncio.wait_for(asyncio.gather(*(start(pool, f"SELECT {n}") for n in range(20))), WAIT)
+    assert answers == [[(n,)] for n in range(20)]
+    for n in range(10):
+        assert await asyncio.wait_for(pool.run(f"SELECT {n}", None), WAIT) == [(n,)]
+    assert len(few_connections.made) == 2
+
+
+async def test_idle_connection_that_died_does_not_hide_one_that_lives(pool, few_connections):
+    await asyncio.wait_for(asyncio.gather(start(pool, "SELECT 1"), start(pool, "SELECT 2")), WAIT)
+    few_connections.most = 1
+    pool._idle[-1].close()
+    assert await asyncio.wait_for(pool.run("SELECT 3", None), WAIT) == [(3,)]
+
+
+async def test_without_any_connection_all_are_told_at_once(pool, few_connections):
+    few_connections.most = 0
+    tasks = [start(pool, "SELECT 1") for _ in range(20)]
+    done, _ = await asyncio.wait(tasks, timeout=2)
+    assert len(done) == 20
+    assert all(isinstance(task.exception(), Unavailable) for task in done)
+    few_connections.most = 4
+    assert await asyncio.wait_for(asyncio.gather(*(start(pool, "SELECT 1") for _ in range(20))), WAIT)
+    assert len(few_connections.made) == 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import psycopg2
@@ -14,6 +15,7 @@ from tollerchat.connection import FAILURES, Connection
 from tollerchat.database import open_connection
 from tollerchat.errors import Unavailable
 from tollerchat.hub import Hub
+from tollerchat.logs import Seldom
 from tollerchat.protocol import MAX_BIGINT
 from tollerchat.repository import Repository
 from tollerchat.saving import SERVERS_KEY
@@ -22,6 +24,7 @@ from tollerchat.tasks import end_tasks
 __all__ = ("PostgresBus",)
 
 logger = logging.getLogger("tollerchat.bus")
+logger.addFilter(Seldom())  # it tries again and again
 
 RETRY_DELAY = 0.5  # seconds between attempts to connect
 MAX_AT_ONCE = 100  # notifications, before others have their turn
@@ -69,28 +72,51 @@ class PostgresBus:
                 connection = await open_connection(self._config, self._repository.watch)
                 with contextlib.closing(connection):
                     await self._execute(connection, _LISTEN)
-                    self._hub.access.remembers = True
                     # Whatever was notified before is found in the tables.
-                    await self._hub.resync()
+                    await self._resync(connection)
                     await self._listen(connection)
             except _FAILURES as exc:
-                logger.warning("not listening to the database: %s", str(exc).strip() or type(exc).__name__)
+                logger.warning("not listening to the database: %s", _text(exc))
             finally:
-                self._hub.access.remembers = False
-                self._hub.access.forget()
+                self._forget_access()
+            await self._compare()  # there may be connections that can be used
             await asyncio.sleep(RETRY_DELAY)
+
+    async def _resync(self, connection: Connection) -> None:
+        """Find what no notification told, as soon as the database can be asked, or the connection is closed.
+
+        Meanwhile it listens all the same: whoever gives up a connection may not get another one.
+        """
+        while not connection.closed:
+            self._hub.access.remembers = True
+            try:
+                await self._hub.resync()
+                break
+            except Unavailable as exc:
+                self._forget_access()
+                logger.warning("what was not notified cannot be looked for: %s", exc)
+            await asyncio.sleep(RETRY_DELAY)
+
+    def _forget_access(self) -> None:
+        """Who may join is to be asked each time: it is not told when that changes."""
+        self._hub.access.remembers = False
+        self._hub.access.forget()
+
+    async def _compare(self) -> None:
+        try:
+            await self._hub.compare_with_log()
+        except Unavailable as exc:
+            logger.warning("the rooms cannot be compared with the log: %s", exc)
 
     async def _listen(self, connection: Connection) -> None:
         probing = asyncio.create_task(self._probe(connection))
         try:
             while True:
-                grown: set[int] = set()  # channels of which nobody told the newest id
-                for payload in dict.fromkeys(await connection.notified(MAX_AT_ONCE)):
-                    try:
-                        await self._dispatch(payload, grown)
-                    except (ValueError, IndexError):  # anybody may notify anything
-                        logger.warning("a notification that is not understood: %.100r", payload)
-                await self._hub.compare(grown)
+                payloads = dict.fromkeys(await connection.notified(MAX_AT_ONCE))
+                try:
+                    await self._take(payloads)
+                except Unavailable:
+                    await self._resync(connection)
         finally:
             await end_tasks(probing)
 
@@ -102,7 +128,7 @@ class PostgresBus:
                 if not await self._execute(connection, _PROBE):
                     raise Unavailable("the database has forgotten this server")
                 known = known or await self._outwait(connection)
-                await self._hub.compare_with_log()
+                await self._compare()
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(
                         self._hub.in_doubt.wait(), PROBE_INTERVAL if known else RETRY_DELAY
@@ -110,7 +136,7 @@ class PostgresBus:
                     await asyncio.sleep(DOUBT_DELAY)
                 self._hub.in_doubt.clear()
         except _FAILURES as exc:
-            logger.warning("a probe of the database failed: %s", str(exc).strip() or type(exc).__name__)
+            logger.warning("a probe of the database failed: %s", _text(exc))
             connection.close()
 
     async def _outwait(self, connection: Connection) -> bool:
@@ -125,6 +151,15 @@ class PostgresBus:
         rows = await connection.query(sql, {"id": self._repository.server_id})
         connection.look()
         return rows
+
+    async def _take(self, payloads: Iterable[str]) -> None:
+        grown: set[int] = set()  # channels of which nobody told the newest id
+        for payload in payloads:
+            try:
+                await self._dispatch(payload, grown)
+            except (ValueError, IndexError):  # anybody may notify anything
+                logger.warning("a notification that is not understood: %.100r", payload)
+        await self._hub.compare(grown)
 
     async def _dispatch(self, payload: str, grown: set[int]) -> None:
         verb, *arguments = payload.split()
@@ -147,3 +182,7 @@ class PostgresBus:
             self._hub.user_deleted(int(arguments[0]))
         elif verb == "truncated":
             await self._hub.resync()
+
+
+def _text(exc: BaseException) -> str:
+    return str(exc).strip() or type(exc).__name__

@@ -1,6 +1,7 @@
 """`Sessions`: connections to PostgreSQL that are made when needed, and kept, because statements are prepared on them."""
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -11,8 +12,12 @@ from tollerchat.config import Config
 from tollerchat.connection import FAILURES, Connection, ConnectionWatch, distrust
 from tollerchat.database import explain, has_answered, open_connection
 from tollerchat.errors import Unavailable
+from tollerchat.logs import Seldom
 
 __all__ = ("Sessions",)
+
+logger = logging.getLogger("tollerchat.session")
+logger.addFilter(Seldom())  # it may be about many at once
 
 Prepare = Callable[[Connection], Awaitable[None]]
 Expects = Callable[[psycopg2.Error], bool]
@@ -50,12 +55,19 @@ class Sessions:
         """
         session = self._idle.pop() if self._idle else await self._next_idle()
         try:
-            if self._closed:
-                raise Unavailable("the server has shut down")
-            if session.connection is None or session.connection.closed:
+            while (connection := session.connection) is None or connection.closed:
                 session.connection = None
-                session.connection = await self._connect()
-            return await session.connection.query(sql, parameters)
+                try:
+                    session.connection = await self._connect()
+                except FAILURES as exc:
+                    if not self._is_connected:
+                        raise
+                    # The database may have no more connections to give: one of those that we have must do.
+                    logger.warning("no more connections to the database: %s", str(exc).strip())
+                    other = self._connected_idle() or await self._next_idle()
+                    self._pass_on(session)
+                    session = other
+            return await connection.query(sql, parameters)
         except FAILURES as exc:
             if has_answered(session.connection, exc):
                 if isinstance(exc, psycopg2.Error) and expects(exc):
@@ -81,7 +93,22 @@ class Sessions:
                 self._pass_on(turn.result())
             raise
 
+    @property
+    def _is_connected(self) -> bool:
+        """Whether there is a connection at all."""
+        return any(session.is_connected for session in self._sessions)
+
+    def _connected_idle(self) -> "_Session | None":
+        for session in reversed(self._idle):
+            if session.is_connected:
+                self._idle.remove(session)
+                return session
+        return None
+
     def _pass_on(self, session: "_Session") -> None:
+        if not session.is_connected and self._is_connected:
+            self._idle.insert(0, session)  # the last to be used
+            return
         while self._waiting:
             if not (turn := self._waiting.popleft()).done():  # else it has been given up
                 turn.set_result(session)
@@ -89,6 +116,8 @@ class Sessions:
         self._idle.append(session)
 
     async def _connect(self) -> Connection:
+        if self._closed:
+            raise Unavailable("the server has shut down")
         try:
             connection = await open_connection(self._config, self._watch)
             try:
@@ -109,6 +138,10 @@ class _Session:
 
     def __init__(self) -> None:
         self.connection: Connection | None = None
+
+    @property
+    def is_connected(self) -> bool:
+        return self.connection is not None and not self.connection.closed
 
     def close(self) -> None:
         if self.connection is not None:
