@@ -680,6 +680,27 @@ async def test_message_that_gets_an_id_from_before_tells_that_ids_went_back(serv
     assert [frame["content"] for frame in history] == ["new"]
 
 
+@pytest.mark.parametrize("by", ["a stranger", "this server, before all left once"])
+async def test_database_that_goes_back_behind_what_a_room_has_only_read_is_found(server, database, by):
+    if by == "a stranger":
+        database.insert("lost", "lost, too")
+    else:
+        alice, _ = await server.join(1)
+        for content in ("lost", "lost, too"):
+            await alice.send(content)
+            assert (await alice.receive())["type"] == "ack"
+        await alice.socket.close()
+        await until(lambda: not server.app[hub_key].rooms)
+    (alice, _), (bob, history) = await server.join(1), await server.join(2)
+    assert len(history) == 2
+    database.execute("DELETE FROM messages; SELECT setval('messages_id_seq', 1)")
+    await alice.send("new")  # is told within a moment, not at the next comparison in due time
+    assert await bob.closed() == 1001
+    await until(lambda: database.contents() == ["new"])
+    _, history = await server.join(2)
+    assert [frame["content"] for frame in history] == ["new"]
+
+
 @pytest.mark.parametrize("is_called", ["true", "false"])
 async def test_sequence_that_is_set_to_where_it_is_closes_nobody(server, database, is_called):
     alice, _ = await server.join(1)
@@ -690,7 +711,7 @@ async def test_sequence_that_is_set_to_where_it_is_closes_nobody(server, databas
     assert await alice.settled() == []
 
 
-async def test_restored_row_with_a_greater_id_is_not_taken_for_the_present(server, database):
+async def test_restored_row_with_a_greater_id_is_not_taken_for_the_present(server, database, caplog):
     """Its id is no sign that the sequence went back, also where its sender is told it again."""
     database.execute(
         "SET session_replication_role = replica;"  # no triggers, as in a restore
@@ -701,7 +722,11 @@ async def test_restored_row_with_a_greater_id_is_not_taken_for_the_present(serve
     await alice.send("restored", nonce="n")
     assert (await alice.receive())["message_id"] == 1000
     await server.app[hub_key].compare_with_log()
+    await alice.send("before that")
+    assert (await alice.receive())["message_id"] < 1000
+    await server.app[hub_key].compare_with_log()
     assert await alice.settled() == []
+    assert "run tollerchat init-db" in caplog.text
 
 
 async def test_row_of_one_who_looks_for_tables_elsewhere_goes_live(server, database):

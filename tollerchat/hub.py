@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tollerchat.access import Access
 from tollerchat.config import Config
 from tollerchat.errors import NotFound, Unavailable
-from tollerchat.protocol import CloseCode
+from tollerchat.protocol import MAX_BIGINT, CloseCode
 from tollerchat.repository import Repository
 from tollerchat.room import Room
 from tollerchat.saving import Saved
@@ -100,8 +100,11 @@ class Hub:
 
     def broadcast(self, channel_id: int, messages: Sequence[Saved]) -> None:
         """Give committed messages, in the order of their batch, to the clients of the channel."""
-        if (room := self.rooms.get(channel_id)) and not room.commit(messages):
-            self._restart()
+        if room := self.rooms.get(channel_id):
+            if not room.commit(messages):
+                self._restart()
+            elif room.is_doubtful:
+                self.in_doubt.set()
 
     def hint(self, channel_id: int, message_id: int) -> None:
         """A server says that a channel's log has grown to `message_id`."""
@@ -124,8 +127,10 @@ class Hub:
     async def compare_with_log(self) -> None:
         """Find what no hint told: compare all rooms with the log. Raises `Unavailable`."""
         async with self._asking:  # no answer shall overtake another one
-            stored = max(self._told, *(room.stored for room in self.rooms.values()), 0)
-            if await self._repository.ids_restarted(stored):
+            rooms = self.rooms.values()
+            stored = max(self._told, *(room.stored for room in rooms), 0)
+            heads = {room.channel_id: MAX_BIGINT if room.is_doubtful else room.head for room in rooms}
+            if await self._repository.ids_restarted(stored, heads):
                 self._restart()
         await self.compare(self.rooms)
 

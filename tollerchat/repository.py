@@ -1,6 +1,7 @@
 """`Repository`: messages, channels and users in PostgreSQL, in raw SQL through aiopg."""
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,11 +12,15 @@ from tollerchat.config import Config
 from tollerchat.connection import Connection, ConnectionWatch
 from tollerchat.database import TIME_FORMAT
 from tollerchat.errors import ChatError, Forbidden, NotFound, Unavailable
+from tollerchat.logs import Seldom
 from tollerchat.protocol import MAX_BIGINT, MAX_ID, OutgoingMessage
 from tollerchat.saving import LOCK_KEY, NewMessage, Saver, SaveResult
 from tollerchat.session import Sessions
 
 __all__ = ("Repository",)
+
+logger = logging.getLogger("tollerchat.repository")
+logger.addFilter(Seldom())  # it is asked again and again
 
 # Rows that came from elsewhere may lack a user or a time: the seed's columns are nullable.
 _COLUMNS = f"""content, coalesce(user_id, 0), channel_id, id,
@@ -165,14 +170,30 @@ class Repository:
         """Those of the channels in which nobody is storing a message."""
         return {channel_id for (channel_id,) in await self._read(_UNLOCKED, (list(channel_ids),))}
 
-    async def ids_restarted(self, stored: int) -> bool:
+    async def ids_restarted(self, stored: int, heads: Mapping[int, int]) -> bool:
         """Whether ids have started again, since this was asked before or since the log was first read.
 
-        Or have gone back behind one that was stored: the database is a backup, or a standby that was behind.
+        Or have gone back, because the database is a backup, or a standby that was behind: behind one that was stored,
+        or one that was read, of which `heads` has the newest by channel; MAX_BIGINT where that is to be looked into.
         """
-        ((sequence_file, last_id),) = await self._read(_SEQUENCE, ())
+        sequence_file, last_id = await self._sequence()
         before, self._sequence_file = self._sequence_file, sequence_file
-        return bool(before != sequence_file or (last_id is not None and last_id < stored))
+        if before != sequence_file:
+            return True
+        if last_id is None or last_id < stored:
+            return last_id is not None
+        if not (suspects := {channel_id for channel_id, head in heads.items() if head > last_id}):
+            return False
+        newest = await self.newest_ids(suspects)
+        _, last_id = await self._sequence()  # only now: it has given the ids of all that are newest, or else:
+        restored = {channel_id for channel_id in suspects if newest[channel_id] > (last_id or 0)}
+        if restored:  # with ids of their own; new messages come before them, unseen
+            logger.error("there are messages with ids that are to be given yet: run tollerchat init-db")
+        return restored != suspects
+
+    async def _sequence(self) -> tuple[int, int | None]:
+        (row,) = await self._read(_SEQUENCE, ())
+        return row[0], row[1]
 
     async def _read(self, sql: str, parameters: Any) -> list[tuple[Any, ...]]:
         assert self._readers is not None, "open() was not awaited"

@@ -39,6 +39,9 @@ class Room:
         self.channel_id = channel_id
         self.audience = Audience(channel_id)
         self.stored = 0  # the newest id of a message that this server stored, since ids started
+        self.is_doubtful = (
+            False  # a new message has an id that was passed before: live clients did not get it
+        )
         self.tail = Tail(history_size)  # of the log, up to what the live clients were given
         self._repository = repository
         self._history_size = history_size
@@ -133,6 +136,8 @@ class Room:
                 if follows and message_id > head:
                     following.append(each.message)
                     head = message_id
+                elif message_id <= each.previous:
+                    self.is_doubtful = True
         if following:
             self._extend(following)
         self._target = max(self._target, self._committed)
@@ -157,6 +162,7 @@ class Room:
         self._loaded = False
         self._generation += 1
         self.stored = self._committed = self._heard = self._target = 0
+        self.is_doubtful = False
         self.forget()
         self.tail.restart()
 
