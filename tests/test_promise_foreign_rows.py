@@ -338,6 +338,28 @@ async def test_many_locked_channels_delay_the_others_little(server, database, fo
         assert frame["type"] == "ack"
 
 
+async def test_locked_user_does_not_keep_the_others_of_the_channel_waiting(server, foreigner):
+    """By a long transaction that deletes the user, say."""
+    (alice, _), (bob, _), (carol, log) = await server.join(1), await server.join(2), await joined(server, 3)
+    foreigner.execute("SELECT FROM users WHERE id = 1 FOR UPDATE")
+    for n in range(3):
+        await alice.send(f"waits {n}", nonce=f"a{n}")
+        for word in ("first", "second"):
+            start = time.monotonic()
+            await bob.send(f"{word} {n}")
+            while (await bob.receive())["type"] != "ack":
+                pass
+            assert time.monotonic() - start < 2.0
+    foreigner.commit()
+    acks = [frame["nonce"] for frame in await alice.receive_many(9) if frame["type"] == "ack"]
+    assert acks == ["a0", "a1", "a2"]
+    await read_to(carol, log, "waits 2")
+    contents = [frame["content"] for _, frame in log.events if frame["type"] == "message"]
+    assert contents == [f"{word} {n}" for n in range(3) for word in ("first", "second")] + [
+        f"waits {n}" for n in range(3)
+    ]
+
+
 async def test_message_that_an_index_cannot_take_is_refused_alone(server, database):
     database.execute("CREATE INDEX ON messages (content)")
     (alice, _), (carol, _) = await server.join(1, 1), await server.join(3, 1)

@@ -1,6 +1,8 @@
 """`Saver`: how a batch of messages is stored, and each of them gets a result of its own."""
 
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+import itertools
+import operator
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -128,6 +130,9 @@ class Saved(msgspec.Struct, gc=False):
 
 SaveResult = Saved | ChatError
 
+_channel_id = operator.attrgetter("channel_id")
+_user_id = operator.attrgetter("user_id")
+
 
 class Saver:
     """Stores messages."""
@@ -171,8 +176,10 @@ class Saver:
                 rows = [(*row, None) for row in await self._run(before + _save_one(batch[0], told_by))]
             if not rows:  # several, or its nonce was seen before
                 rows = await self._run(before + _SAVE % (_quote(msgspec.json.encode(batch)), told_by))
-        except psycopg2.errors.LockNotAvailable:
-            return await self._save_unlocked(batch, heads, channel_ids)
+        except psycopg2.errors.LockNotAvailable as exc:
+            # It tells the query of a foreign key that had to wait.
+            of_user = '"users"' in (exc.diag.context or "")
+            return await self._save_unlocked(batch, heads, channel_ids, of_user=of_user)
         except psycopg2.Error as exc:
             if len(batch) == 1:
                 return [explain_refusal(exc)]
@@ -183,12 +190,21 @@ class Saver:
         return _results(batch, rows, previous)
 
     async def _save_unlocked(
-        self, batch: Sequence[NewMessage], heads: Mapping[int, int], channel_ids: Sequence[int]
+        self,
+        batch: Sequence[NewMessage],
+        heads: Mapping[int, int],
+        channel_ids: Sequence[int],
+        *,
+        of_user: bool,
     ) -> list[SaveResult]:
-        """Store what can be: somebody holds channels for long, and the others must not suffer."""
-        error: ChatError = ChannelLocked("the channel is locked by another transaction")
+        """Store what can be: somebody holds channels, or users, for long, and the others must not suffer."""
+        error: ChatError = ChannelLocked("another transaction holds the channel or the user")
         if len(channel_ids) == 1:
-            return [error] * len(batch)
+            # In the order of the batch, as ids must be.
+            runs = [list(run) for _, run in itertools.groupby(range(len(batch)), lambda n: batch[n].user_id)]
+            if len(runs) == 1 or not of_user:
+                return [error] * len(batch)
+            return await self._save_parts(batch, heads, runs, {}, by=_user_id, settings=_AT_ONCE)
         try:
             locked = await self._run(_LOCKED, (channel_ids,))
         except (Unavailable, psycopg2.Error) as exc:
@@ -196,7 +212,7 @@ class Saver:
         if locked:
             stopped = {channel_id: error for (channel_id,) in locked}
             return await self._save_parts(batch, heads, [range(len(batch))], stopped)
-        # It was another lock, of a row maybe: by channel, without waiting so long again for each.
+        # It was the lock of a row: by channel, without waiting so long again for each.
         parts: dict[int, list[int]] = {}
         for n, message in enumerate(batch):
             parts.setdefault(message.channel_id, []).append(n)
@@ -209,17 +225,18 @@ class Saver:
         parts: Iterable[Sequence[int]],
         stopped: dict[int, ChatError],
         *,
+        by: Callable[[NewMessage], int] = _channel_id,
         settings: bytes = b"",
     ) -> list[SaveResult]:
         """Store a batch that failed as a whole in parts, given as indices.
 
-        `stopped` has the channels for which it is not tried. A channel that turns out to be locked is
+        `stopped` has the channels, or the users, for which it is not tried. One that turns out to be locked is
         stopped, too: what follows must not overtake. Without a database, all of them are.
         """
         results: dict[int, SaveResult] = {}
         down: Unavailable | None = None
         for part in parts:
-            tried = [n for n in part if down is None and batch[n].channel_id not in stopped]
+            tried = [n for n in part if down is None and by(batch[n]) not in stopped]
             try:
                 tried_batch = [batch[n] for n in tried]
                 saved = await self.save(tried_batch, heads, settings=settings) if tried else []
@@ -229,12 +246,12 @@ class Saver:
             for n in part:
                 if n not in results:
                     # A lock first: what is behind a message that is parked must be parked behind it.
-                    error = stopped.get(batch[n].channel_id, down)
+                    error = stopped.get(by(batch[n]), down)
                     assert error is not None
                     results[n] = error
             for n, result in zip(tried, saved, strict=True):
                 if isinstance(result, ChannelLocked):
-                    stopped[batch[n].channel_id] = result
+                    stopped[by(batch[n])] = result
                 elif isinstance(result, Unavailable):
                     down = Unavailable(str(result))  # the rest was not sent
         return [results[n] for n in range(len(batch))]
