@@ -9,7 +9,9 @@ import uuid
 
 import pytest
 
-from tests.support import Template, token
+from tests.support import Template, psql, token, until
+from tollerchat.app import hub_key
+from tollerchat.logs import Seldom
 
 pytestmark = pytest.mark.parametrize("database", [Template.FRESH], indirect=True, ids=["fresh"])
 
@@ -20,6 +22,12 @@ REFUSE = """
         RETURN NEW;
     END $$;
     CREATE TRIGGER refuse BEFORE INSERT ON messages FOR EACH ROW EXECUTE FUNCTION refuse()"""
+
+
+# What is prepared is from before.
+TERMINATE = """
+    SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+    WHERE application_name = 'tollerchat' AND datname = current_database()"""
 
 
 @pytest.fixture
@@ -96,6 +104,72 @@ async def test_missing_privilege_is_nothing_that_a_sender_did(serve, config, dat
     database.execute(f"GRANT INSERT ON messages TO {role}")
     await alice.send("one", nonce="n")
     assert (await alice.receive())["type"] == "ack"
+
+
+# None of this is about a message, whatever PostgreSQL says; and what it says is for the operator to read.
+@pytest.mark.parametrize(
+    ("spoil", "mend", "told", "logged"),
+    [
+        (
+            "INSERT INTO messages (id, channel_id, user_id, content) VALUES (2, 1, 9, 'old'), (100, 1, 9, 'newer');"
+            "SELECT setval('messages_id_seq', 1)",
+            "SELECT setval('messages_id_seq', 100)",
+            "ack",  # each try takes an id
+            'duplicate key value violates unique constraint "messages_pkey"',
+        ),
+        (
+            "ALTER SEQUENCE messages_id_seq MAXVALUE 100; SELECT setval('messages_id_seq', 100)",
+            "ALTER SEQUENCE messages_id_seq NO MAXVALUE",
+            "unavailable",
+            "nextval: reached maximum value of sequence",
+        ),
+        (
+            "ALTER SEQUENCE messages_id_seq OWNED BY NONE",
+            "ALTER SEQUENCE messages_id_seq OWNED BY messages.id",
+            "unavailable",
+            "messages.id has no sequence of its own",
+        ),
+        (
+            "ALTER TABLE messages ADD origin TEXT NOT NULL",
+            "ALTER TABLE messages ALTER origin DROP NOT NULL",
+            "unavailable",
+            "23502 origin",
+        ),
+        (
+            "ALTER DATABASE {name} SET default_transaction_read_only = on",
+            "ALTER DATABASE {name} SET default_transaction_read_only = off",
+            "unavailable",
+            "cannot execute INSERT in a read-only transaction",
+        ),
+    ],
+    ids=["sequence behind", "sequence ends", "no sequence", "column", "read-only"],
+)
+async def test_fault_of_the_database_is_nothing_that_a_sender_did(
+    serve, config, database, caplog, monkeypatch, spoil, mend, told, logged
+):
+    monkeypatch.setattr(Seldom, "INTERVAL", 0)
+    name = config.db_url.split("/")[3].split("?")[0]
+    database.execute("SET default_transaction_read_only = off")  # for this connection, whatever comes
+    database.execute("SET session_replication_role = replica")
+    for sql in spoil.format(name=name).split(";"):
+        database.execute(sql)
+    server = await serve(dataclasses.replace(config, store_timeout=0.2))
+    alice, _ = await server.join(1)
+    await alice.send("one", nonce="n")
+    while (frame := await alice.receive())["type"] == "message":
+        pass
+    assert frame.get("code", frame["type"]) == told
+    assert logged in caplog.text
+    database.execute(mend.format(name=name))
+    psql(config.db_url, TERMINATE)
+    await until(lambda: server.app[hub_key].access.remembers)
+    await server.app[hub_key].compare_with_log()
+    alice, _ = await server.join(1)
+    frame = {"type": "error"}
+    while frame["type"] != "ack":  # the new connection may take longer than the message may wait
+        await alice.send("one", nonce="n")
+        frame = await alice.receive()
+        assert frame.get("code") in (None, "unavailable")
 
 
 async def test_post_that_the_database_does_not_take_for_now_is_unavailable(serve, config, database):

@@ -12,7 +12,7 @@ import psycopg2
 
 from tollerchat.config import Config
 from tollerchat.connection import FAILURES, Connection
-from tollerchat.database import open_connection
+from tollerchat.database import open_connection, reason
 from tollerchat.errors import Unavailable
 from tollerchat.hub import Hub
 from tollerchat.logs import Seldom
@@ -76,7 +76,7 @@ class PostgresBus:
                     await self._resync(connection)
                     await self._listen(connection)
             except _FAILURES as exc:
-                logger.warning("not listening to the database: %s", _text(exc))
+                logger.warning("not listening to the database: %s", reason(exc))
             finally:
                 self._forget_access()
             await self._compare()  # there may be connections that can be used
@@ -136,7 +136,7 @@ class PostgresBus:
                     await asyncio.sleep(DOUBT_DELAY)
                 self._hub.in_doubt.clear()
         except _FAILURES as exc:
-            logger.warning("a probe of the database failed: %s", _text(exc))
+            logger.warning("a probe of the database failed: %s", reason(exc))
             connection.close()
 
     async def _outwait(self, connection: Connection) -> bool:
@@ -182,7 +182,3 @@ class PostgresBus:
             self._hub.user_deleted(int(arguments[0]))
         elif verb == "truncated":
             await self._hub.resync()
-
-
-def _text(exc: BaseException) -> str:
-    return str(exc).strip() or type(exc).__name__

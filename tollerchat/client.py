@@ -281,6 +281,7 @@ class Client:
                     page = await self._read_page()
                     if not websocket.full:  # or it will be read again
                         self._send(page)
+                    del page  # it may be large, and the client slow
         except Exception:
             logger.exception("a connection of user %d failed", self.user_id)
             self.close(CloseCode.INTERNAL_ERROR, "internal error")

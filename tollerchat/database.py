@@ -21,6 +21,7 @@ __all__ = (
     "is_of_rows",
     "open_connection",
     "read_schema",
+    "reason",
 )
 
 logger = logging.getLogger("tollerchat.database")
@@ -41,6 +42,11 @@ TIME_FORMAT: Final = """'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"""
 _REFUSALS = ("21", "22", "23", "38", "39", "44", "54", "P0")
 # Others may pass: conflicts between transactions, objects in use, cancelled queries, internal errors.
 _PASSING = ("40", "55", "57014", "XX")
+
+
+# Where errors come from that are of no row, whatever their class: the queue of notifications is full; ids of messages,
+# or of transactions, have run out.
+_OF_ALL = ("PreCommit_Notify", "nextval_internal", "GetNewTransactionId", "GetNewMultiXactId")
 
 
 async def open_connection(config: Config, watch: ConnectionWatch) -> Connection:
@@ -64,18 +70,26 @@ def has_answered(conn: Connection | None, exc: Exception) -> bool:
 def explain(exc: Exception, conn: Connection | None) -> Unavailable:
     """What a failure on a connection means; without one, nothing was sent."""
     if isinstance(exc, psycopg2.ProgrammingError):
-        logger.error("the database refused a query: %s", exc)
+        logger.error("the database refused a query: %s", reason(exc))
         if isinstance(exc, psycopg2.errors.InsufficientPrivilege):
             return Unavailable("the server lacks a privilege in the database")
         return Unavailable("the database is not set up: run tollerchat init-db")
     if has_answered(conn, exc):
+        logger.warning("the database could not run a query: %s", reason(exc))
         return Unavailable("the database could not run the query")
+    logger.warning("the database is not reachable: %s", reason(exc))
     return Unavailable("the database is not reachable", sent=conn is not None)
+
+
+def reason(exc: BaseException) -> str:
+    """A line for the log: what failed, without what was in the query."""
+    primary = exc.diag.message_primary if isinstance(exc, psycopg2.Error) else None
+    return primary or str(exc).strip().partition("\n")[0] or type(exc).__name__
 
 
 def is_of_rows(exc: psycopg2.Error) -> bool:
     """Whether an answer may be about single rows."""
-    if exc.diag.source_function == "PreCommit_Notify":  # the queue of notifications is full
+    if exc.diag.source_function in _OF_ALL or exc.diag.constraint_name == "messages_pkey":
         return False
     of_trigger = exc.diag.context is not None
     return of_trigger or _is_of_policy(exc) or str(exc.pgcode).startswith((*_REFUSALS, *_PASSING))
@@ -90,7 +104,11 @@ def explain_refusal(exc: psycopg2.Error) -> ChatError:
     """Why the database did not take a message."""
     if isinstance(exc, psycopg2.errors.ForeignKeyViolation):
         return NotFound("the channel or the user does not exist any more")
-    logger.warning("the database refused a message: %s", exc.pgcode)
+    # Not the whole text, which may quote the message.
+    name = exc.diag.constraint_name or exc.diag.column_name or ""
+    logger.warning("the database refused a message: %s %s", exc.pgcode, name)
+    if isinstance(exc, psycopg2.errors.NotNullViolation):  # no message can have what ours never have
+        return NotStored("the database could not store the message")
     if (exc.pgcode or "").startswith(_REFUSALS) or _is_of_policy(exc):
         return InvalidContent("the database refused the message")
     return NotStored("the database could not store the message")

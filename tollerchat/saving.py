@@ -262,6 +262,10 @@ class Saver:
 
     async def _prepare(self, connection: Connection) -> None:
         ((sequence,),) = await connection.query("SELECT pg_get_serial_sequence('messages', 'id')")
+        if sequence is None:
+            raise psycopg2.ProgrammingError(
+                "messages.id has no sequence of its own: ALTER SEQUENCE ... OWNED BY messages.id"
+            )
         await connection.query(_PREPARE, {"sequence": sequence})
 
 

@@ -90,6 +90,9 @@ DECLARE
     );
     sequence CONSTANT text := pg_get_serial_sequence('messages', 'id');
 BEGIN
+    IF sequence IS NULL THEN
+        RAISE 'messages.id has no sequence of its own: ALTER SEQUENCE ... OWNED BY messages.id';
+    END IF;
     IF type_of ->> 'id' = 'integer' THEN
         ALTER TABLE messages ALTER COLUMN id TYPE BIGINT;
         EXECUTE format('ALTER SEQUENCE %s AS BIGINT', sequence);

@@ -10,7 +10,7 @@ import psycopg2
 
 from tollerchat.config import Config
 from tollerchat.connection import FAILURES, Connection, ConnectionWatch, distrust
-from tollerchat.database import explain, has_answered, open_connection
+from tollerchat.database import explain, has_answered, open_connection, reason
 from tollerchat.errors import Unavailable
 from tollerchat.logs import Seldom
 
@@ -63,7 +63,7 @@ class Sessions:
                     if not self._is_connected:
                         raise
                     # The database may have no more connections to give: one of those that we have must do.
-                    logger.warning("no more connections to the database: %s", str(exc).strip())
+                    logger.warning("no more connections to the database: %s", reason(exc))
                     other = self._connected_idle() or await self._next_idle()
                     self._pass_on(session)
                     session = other
