@@ -84,3 +84,46 @@ def test_example_says_what_it_needs(example):
         [sys.executable, example.__file__], env=environ, capture_output=True, text=True, timeout=30
     )
     assert "DB_URL is not set" in result.stderr
+
+
+async def test_message_whose_body_a_middleware_has_read_is_stored_all_the_same(serve, config, database):
+    @web.middleware
+    async def read_first(request, handler):
+        await request.read()
+        return await handler(request)
+
+    parent = web.Application(middlewares=[read_first])
+    parent.add_subapp("/chat", tollerchat.create_app(config))
+    server = await serve(app=parent, prefix="/chat")
+    async with server.session.post(
+        f"{server.url}/channels/1/messages",
+        data='{"content": "hello"}',
+        headers={"Authorization": f"Bearer {token()}"},
+    ) as response:
+        assert response.status == 201
+    assert database.contents() == ["hello"]
+
+
+async def test_application_that_was_shut_down_says_that_it_does_not_run_again(config):
+    app = tollerchat.create_app(config)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await runner.cleanup()
+    with pytest.raises(RuntimeError, match="make another one"):
+        await web.AppRunner(app).setup()
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"allowed_origins": "https://app.example"}, "is a string"),
+        ({"jwt_algorithms": "HS256"}, "is a string"),
+    ],
+)
+def test_string_is_not_taken_for_several(settings, problem):
+    with pytest.raises(tollerchat.ConfigError, match=problem):
+        tollerchat.Config(**settings)
+
+
+def test_list_is_taken_for_a_tuple():
+    assert tollerchat.Config(jwt_algorithms=["HS256"]).jwt_algorithms == ("HS256",)

@@ -150,3 +150,35 @@ async def test_head_of_a_page_has_no_body(server, database):
     ) as response:
         assert response.status == 405
     assert (await get(server, "/channels/1/messages"))[0] == 200
+
+
+async def test_page_of_an_allowed_origin_may_read_what_the_api_answers(serve, config, database):
+    database.insert("text")
+    page, url = "https://app.example", "/channels/1/messages"
+    server = await serve(dataclasses.replace(config, allowed_origins=[page]))
+    for origin, allowed in ((page, page), ("https://evil.example", None), ("https://app.exampl", None)):
+        async with server.session.options(
+            server.url + url,
+            headers={"Origin": origin, "Access-Control-Request-Method": "POST"},
+        ) as response:
+            assert response.status == 204
+            assert response.headers.get("Access-Control-Allow-Origin") == allowed
+            assert "Authorization" in response.headers["Access-Control-Allow-Headers"]
+        for headers, status in (({"Authorization": f"Bearer {token()}"}, 200), ({}, 401)):
+            async with server.session.get(
+                server.url + url, headers={"Origin": origin, **headers}
+            ) as response:
+                assert response.status == status
+                assert response.headers.get("Access-Control-Allow-Origin") == allowed
+    async with server.session.get(server.url + "/health", headers={"Origin": page}) as response:
+        assert "Access-Control-Allow-Origin" not in response.headers
+
+
+@pytest.mark.parametrize("header", ["If-Modified-Since", "If-Unmodified-Since"])
+async def test_date_that_does_not_exist_is_no_reason_to_hang_up(server, header):
+    for path in ("/", "/static/chat.js"):
+        async with server.session.get(
+            server.url + path, headers={header: f"Thu, 01 Jan {20 * '9'} 00:00:00 GMT"}
+        ) as response:
+            assert response.status == 200
+            assert "charset=utf-8" in response.headers["Content-Type"]

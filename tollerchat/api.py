@@ -3,7 +3,7 @@
 import asyncio
 
 import msgspec
-from aiohttp import StreamReader, hdrs, web
+from aiohttp import hdrs, web
 
 from tollerchat.config import Config
 from tollerchat.errors import BadRequest, ChatError, Unavailable
@@ -92,6 +92,25 @@ class MessagesApi:
             return error_response(outcome)
         return _json(outcome.message, status=200 if outcome.repeated else 201)
 
+    async def preflight(self, request: web.Request) -> web.Response:
+        """What a browser asks before a page of another origin may send a token."""
+        return web.Response(
+            status=204,
+            headers={
+                hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, POST",
+                hdrs.ACCESS_CONTROL_ALLOW_HEADERS: "Authorization, Content-Type",
+                hdrs.ACCESS_CONTROL_MAX_AGE: "600",
+            },
+        )
+
+    async def allow_origin(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Let pages of `ALLOWED_ORIGINS` read our answers (Fetch standard, "CORS protocol")."""
+        if request.match_info.handler in (self.get_messages, self.post_message, self.preflight):
+            origin, allowed = request.headers.get(hdrs.ORIGIN), self._config.allowed_origins
+            if origin is not None and ("*" in allowed or origin in allowed):
+                response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
+                response.headers[hdrs.VARY] = hdrs.ORIGIN
+
     async def _admit(self, request: web.Request) -> tuple[int, int]:
         identity = authenticate(request, self._config)
         channel_id = channel_id_of(request)
@@ -103,7 +122,7 @@ class MessagesApi:
         if request.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity":
             raise BadRequest("the body must not be compressed: send it without Content-Encoding")
         try:
-            body = await asyncio.wait_for(_read(request.content, limit + 1), self._config.write_timeout)
+            body = await asyncio.wait_for(_read(request, limit + 1), self._config.write_timeout)
         except asyncio.TimeoutError:
             raise BadRequest("the body did not come in time") from None
         except (ConnectionError, web.RequestPayloadError):
@@ -137,10 +156,12 @@ class MessagesApi:
         return response
 
 
-async def _read(content: StreamReader, size: int) -> bytes:
+async def _read(request: web.Request, size: int) -> bytes:
     """All there is, but not much more than `size` bytes."""
+    if request.content.at_eof():  # it has none, or a middleware of an embedding application has read it
+        return await request.read()
     body = b""
-    while len(body) < size and (more := await content.read(size)):
+    while len(body) < size and (more := await request.content.read(size)):
         body += more
     return body
 

@@ -3,9 +3,9 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Coroutine
+import mimetypes
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from importlib import resources
-from pathlib import Path
 from typing import Any, Final
 
 from aiohttp import web
@@ -67,24 +67,30 @@ def create_app(config: Config) -> web.Application:
     """
     app = web.Application()
     setup(app, config)
-    static = Path(str(resources.files("tollerchat").joinpath("static")))
-    files = {path.name for path in static.iterdir()}
+    # From memory: there are few. aiohttp would fail loudly on odd names, and on dates that do not exist.
+    static = resources.files("tollerchat").joinpath("static")
+    files = {path.name: path.read_bytes() for path in static.iterdir()}
 
     async def page(request: web.Request) -> web.StreamResponse:
-        return web.FileResponse(static / "index.html", headers={"Content-Security-Policy": _CSP})
+        return _file("index.html", files["index.html"], headers={"Content-Security-Policy": _CSP})
 
     async def add_slash(request: web.Request) -> web.StreamResponse:
         raise web.HTTPPermanentRedirect(request.path + "/")
 
     async def file(request: web.Request) -> web.StreamResponse:
-        if (name := request.match_info["name"]) not in files:
+        if (content := files.get(name := request.match_info["name"])) is None:
             raise web.HTTPNotFound
-        return web.FileResponse(static / name)
+        return _file(name, content)
 
     app.router.add_get("/", page)
     app.router.add_get("", add_slash)  # where mounted: the page's links are relative to "/chat/", not "/chat"
-    app.router.add_get("/static/{name}", file)  # add_static() fails loudly on odd names
+    app.router.add_get("/static/{name}", file)
     return app
+
+
+def _file(name: str, content: bytes, headers: Mapping[str, str] | None = None) -> web.Response:
+    content_type = mimetypes.guess_type(name)[0]
+    return web.Response(body=content, content_type=content_type, charset="utf-8", headers=headers)
 
 
 def setup(app: web.Application, config: Config) -> None:
@@ -108,6 +114,9 @@ def setup(app: web.Application, config: Config) -> None:
     api = MessagesApi(config, repository, hub, writer)
     app.router.add_get("/channels/{channel_id}/messages", api.get_messages, allow_head=False)
     app.router.add_post("/channels/{channel_id}/messages", api.post_message)
+    if config.allowed_origins:
+        app.router.add_options("/channels/{channel_id}/messages", api.preflight)
+        app.on_response_prepare.append(api.allow_origin)
     app.router.add_get("/health", health)
     app.cleanup_ctx.append(_parts)
     # Not in the context: a parent's contexts, which may own what we write to, are cleaned before ours.
@@ -115,6 +124,8 @@ def setup(app: web.Application, config: Config) -> None:
 
 
 async def _parts(app: web.Application) -> AsyncIterator[None]:
+    if app[hub_key].draining:
+        raise RuntimeError("this application was shut down: make another one")
     async with contextlib.AsyncExitStack() as stack:
         await app[repository_key].open()
         stack.callback(app[repository_key].close)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,12 +13,19 @@ from tollerchat.errors import ConfigError
 
 __all__ = ("Config",)
 
+# What browsers send of a page (RFC 6454, section 6.2).
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
+
 
 def _setting(
     default: Any, meaning: str, *, low: float | None = None, high: float | None = None, secret: bool = False
 ) -> Any:
     metadata = {"meaning": meaning, "low": low, "high": high}
     return dataclasses.field(default=default, repr=not secret, metadata=metadata)
+
+
+def _seconds(default: float, meaning: str, *, low: float) -> Any:
+    return _setting(default, f"seconds {meaning}", low=low, high=86_400)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,25 +53,25 @@ class Config:
     # Limits
     max_frame_size: int = _setting(8192, "bytes of one frame from a client", low=256, high=1 << 20)
     history_size: int = _setting(50, "messages sent on connect", low=1, high=200)
-    max_replay: int = _setting(10_000, "messages sent at most for ?after=", low=1)
-    max_in_flight: int = _setting(32, "messages of one client that wait for the database", low=1)
-    max_pending: int = _setting(20_000, "messages of all clients that wait for the database", low=1)
+    max_replay: int = _setting(10_000, "messages sent at most for ?after=", low=1, high=1_000_000)
+    max_in_flight: int = _setting(
+        32, "messages of one client that wait for the database", low=1, high=1_000_000
+    )
+    max_pending: int = _setting(
+        20_000, "messages of all clients that wait for the database", low=1, high=1_000_000
+    )
 
-    # Timeouts, in seconds
-    ping_interval: float = _setting(54.0, "seconds between pings to a client", low=0.05)
-    pong_timeout: float = _setting(
-        60.0, "seconds without a sign of life after which a client is dead", low=0.05
-    )
-    write_timeout: float = _setting(10.0, "seconds a client may read nothing before it is closed", low=0.05)
-    db_timeout: float = _setting(5.0, "seconds for one query or connection attempt", low=0.1)
-    store_timeout: float = _setting(
-        8.0, "seconds a message is tried again while the database is away", low=0.1
-    )
-    shutdown_timeout: float = _setting(10.0, "seconds for a graceful shutdown", low=0.1)
+    # Timeouts
+    ping_interval: float = _seconds(54.0, "between pings to a client", low=0.05)
+    pong_timeout: float = _seconds(60.0, "without a sign of life after which a client is dead", low=0.05)
+    write_timeout: float = _seconds(10.0, "a client may read nothing before it is closed", low=0.05)
+    db_timeout: float = _seconds(5.0, "for one query or connection attempt", low=0.1)
+    store_timeout: float = _seconds(8.0, "a message is tried again while the database is away", low=0.1)
+    shutdown_timeout: float = _seconds(10.0, "for a graceful shutdown", low=0.1)
 
     # Database
     db_pool_size: int = _setting(
-        8, "connections for reading, beside two for writing and one to listen", low=1
+        8, "connections for reading, beside two for writing and one to listen", low=1, high=1000
     )
 
     # Embedded PostgreSQL
@@ -71,18 +79,32 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
+            if isinstance(field.default, tuple):
+                self._take_several(field.name)
             value, low, high = getattr(self, field.name), field.metadata["low"], field.metadata["high"]
-            too_low = low is not None and not value >= low  # `not >=`, so that NaN is refused too
-            if too_low or (high is not None and not value <= high):
-                bounds = f"at least {low}" if high is None else f"{low} to {high}"
-                raise ConfigError(f"{field.name.upper()} is {value}: it must be {bounds}")
+            if low is not None and not low <= value <= high:  # NaN is neither
+                raise ConfigError(f"{field.name.upper()} is {value}: it must be {low} to {high}")
         self._check_database()
         self._check_tokens()
+        self._check_origins()
         if self.pong_timeout <= self.ping_interval:
             raise ConfigError(
                 f"PONG_TIMEOUT is {self.pong_timeout}: "
                 f"it must be greater than PING_INTERVAL ({self.ping_interval})"
             )
+
+    def _take_several(self, name: str) -> None:
+        """Take a list for a tuple; but not one string, which would be taken for many of one letter."""
+        if isinstance(getattr(self, name), str):
+            raise ConfigError(f"{name} is a string: it must be a tuple of strings")
+        object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def _check_origins(self) -> None:
+        for origin in self.allowed_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"ALLOWED_ORIGINS has {origin!r}: it must be like https://chat.example.com, without a path, or *"
+                )
 
     def _check_database(self) -> None:
         try:

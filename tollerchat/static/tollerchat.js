@@ -143,8 +143,8 @@ export class TollerChat extends EventTarget {
     this.#socket.send('{"type":"typing"}');
   }
 
-  /** A page of older messages, oldest first: {messages, has_more}. */
-  async history({ before, limit = 50 }) {
+  /** A page of older messages, oldest first, or the newest one: {messages, has_more}. */
+  async history({ before, limit = 50 } = {}) {
     const response = await this.#get({ before, limit });
     if (!response.ok) throw new Error(`history: ${response.status}`);
     const page = await response.json();
@@ -159,7 +159,8 @@ export class TollerChat extends EventTarget {
   }
 
   #get(query) {
-    const url = new URL(`channels/${this.channelId}/messages?${new URLSearchParams(query)}`, this.#base);
+    const given = Object.entries(query).filter(([, value]) => value !== undefined);
+    const url = new URL(`channels/${this.channelId}/messages?${new URLSearchParams(given)}`, this.#base);
     return fetch(url, { headers: { Authorization: `Bearer ${this.#token}` } });
   }
 
