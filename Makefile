@@ -14,9 +14,11 @@ SOURCES := tollerchat tests bench examples
 run: $(VENV)/installed  ## Run the server on an embedded PostgreSQL, with a demo channel
 	$(BIN)/python -m tollerchat
 
-# Eight at most, because all share one PostgreSQL and its connections.
+# Two processes for each core, because tests wait most of the time; eight at most, because all share one PostgreSQL and
+# its connections.
 test: $(VENV)/installed-dev  ## Run the tests, also those of stuck readers, killed servers and frozen databases
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n $$($(BIN)/python -c 'import os; print(min(8, 2 * os.cpu_count()))') \
+		--dist worksteal $(ARGS)
 
 lint: $(VENV)/installed-dev  ## Check style and types
 	$(RUFF) check $(RUFF_FLAGS) $(RUFF_RULES) $(SOURCES)

@@ -301,14 +301,12 @@ class Proxy:
             self._listener.bind(f"{self._directory.name}/.s.PGSQL.5432")
             self._listener.listen()
             self.url = f"postgresql://postgres@/{self._database}?host={self._directory.name}"
-        self._start(self._accept())
+        self._let_in()
         return self
 
     async def __aexit__(self, *_):
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._listener.close()
+        self._let_nobody_in()
+        await self.cut()
         self._directory.cleanup()
 
     def mute(self, said=""):
@@ -336,31 +334,38 @@ class Proxy:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._start(self._accept())
 
     async def refuse(self):
         """End all connections, and refuse new ones, until `listen()`. With TCP only."""
         self._port = self._listener.getsockname()[1]
+        self._let_nobody_in()
         await self.cut()
-        self._listener.close()
 
     def listen(self):
         """Let connections in again. With TCP only."""
         self._listener = socket.create_server(("127.0.0.1", self._port))
         self._listener.setblocking(False)
-        self._start(self._accept())
+        self._let_in()
 
     def _start(self, work):
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         return task
 
-    async def _accept(self):
-        while True:
-            server, _ = await asyncio.get_running_loop().sock_accept(self._listener)
+    def _let_in(self):
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
+    def _let_nobody_in(self):
+        if self._listener.fileno() >= 0:  # not yet
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
+
+    def _accept(self):
+        # Not by a task: one that is cancelled in the same moment would lose the connection.
+        with contextlib.suppress(BlockingIOError):
+            server, _ = self._listener.accept()
             server.setblocking(False)
-            # Not in the task itself, which may be cancelled before it begins.
-            self._start(self._serve(server)).add_done_callback(lambda _, server=server: server.close())
+            self._start(self._serve(server)).add_done_callback(lambda _: server.close())
 
     async def _serve(self, server):
         losing = asyncio.Event()
