@@ -8,7 +8,8 @@ import pytest
 
 from tests.support import SECRET, SEED_DDL
 from tollerchat import Config
-from tollerchat.auth import verify_token
+from tollerchat.auth import issue_token, verify_token
+from tollerchat.errors import ConfigError
 
 
 def run(*arguments, **settings):
@@ -78,3 +79,21 @@ def test_server_takes_as_many_descriptors_as_it_may():
             print(resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard))
         _run(serve())"""
     assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=30) == "True\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--user", "0"), ("--user", "99999999999"), ("--user", "1", "--ttl", "-5")]
+)
+def test_token_that_the_server_would_refuse_is_not_made(arguments):
+    result = run("token", *arguments, JWT_SECRET=SECRET)
+    assert result.returncode == 2
+    assert "is not 1 to 2147483647" in result.stderr
+
+
+def test_key_that_can_only_verify_is_told_when_it_shall_sign(monkeypatch):
+    def sign(*_, **__):
+        raise AttributeError("'RSAPublicKey' object has no attribute 'sign'")
+
+    monkeypatch.setattr("jwt.encode", sign)
+    with pytest.raises(ConfigError, match="needs the private key"):
+        issue_token(1, Config(jwt_secret=SECRET), ttl=60)

@@ -182,3 +182,13 @@ async def test_date_that_does_not_exist_is_no_reason_to_hang_up(server, header):
         ) as response:
             assert response.status == 200
             assert "charset=utf-8" in response.headers["Content-Type"]
+
+
+@pytest.mark.parametrize("encoding", ["Identity", ""])
+async def test_body_that_is_said_not_to_be_compressed_is_taken(server, encoding):
+    async with server.session.post(
+        f"{server.url}/channels/1/messages",
+        data='{"content": "x"}',
+        headers={"Authorization": f"Bearer {token()}", "Content-Encoding": encoding},
+    ) as response:
+        assert response.status == 201

@@ -21,6 +21,7 @@ from tollerchat.config import Config
 from tollerchat.database import apply_schema
 from tollerchat.embedded import DEMO_USERS, add_demo_data, keep_secret, run_postgres
 from tollerchat.errors import ConfigError
+from tollerchat.protocol import MAX_ID
 
 __all__ = ("main",)
 
@@ -58,10 +59,18 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="command")
     commands.add_parser("serve", help="run the server (default); without DB_URL, on an embedded PostgreSQL")
     token = commands.add_parser("token", help="print a token, for trying things out")
-    token.add_argument("--user", type=int, required=True, help="user id")
-    token.add_argument("--ttl", type=int, default=3600, help="seconds it is valid (default: %(default)s)")
+    token.add_argument("--user", type=_positive, required=True, help="user id")
+    token.add_argument(
+        "--ttl", type=_positive, default=3600, help="seconds it is valid (default: %(default)s)"
+    )
     commands.add_parser("init-db", help="make the tables in DB_URL, or upgrade them")
     return parser
+
+
+def _positive(text: str) -> int:
+    if not 1 <= (number := int(text)) <= MAX_ID:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 to {MAX_ID}")
+    return number
 
 
 def _with_secret(config: Config) -> Config:

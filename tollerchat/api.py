@@ -119,7 +119,7 @@ class MessagesApi:
 
     async def _body(self, request: web.Request) -> str:
         limit = self._config.max_frame_size
-        if request.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity":
+        if request.headers.get(hdrs.CONTENT_ENCODING, "").lower() not in ("", "identity"):
             raise BadRequest("the body must not be compressed: send it without Content-Encoding")
         try:
             body = await asyncio.wait_for(_read(request, limit + 1), self._config.write_timeout)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jwt
 
 from tollerchat.config import Config
-from tollerchat.errors import Unauthorized
+from tollerchat.errors import ConfigError, Unauthorized
 from tollerchat.protocol import MAX_ID
 
 __all__ = ("Identity", "issue_token", "verify_token")
@@ -73,7 +73,16 @@ def _user_id(claims: dict[str, Any]) -> int:
 
 
 def issue_token(user_id: int, config: Config, *, ttl: float) -> str:
-    """A token for `user_id` that is valid for `ttl` seconds, for trying things out and for tests."""
+    """A token for `user_id` that is valid for `ttl` seconds, for trying things out and for tests.
+
+    Raises `ConfigError` where the key is one that can only verify.
+    """
     now = int(time.time())
     claims = {"user_id": user_id, "iat": now, "exp": now + int(ttl)}
-    return jwt.encode(claims, config.jwt_secret, algorithm=config.jwt_algorithms[0])
+    algorithm = config.jwt_algorithms[0]
+    try:
+        return jwt.encode(claims, config.jwt_secret, algorithm=algorithm)
+    except (AttributeError, TypeError, ValueError, jwt.PyJWTError):  # PyJWT has no one error for it
+        raise ConfigError(
+            f"JWT_SECRET cannot sign tokens with {algorithm}: it needs the private key"
+        ) from None

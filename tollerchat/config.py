@@ -126,7 +126,7 @@ class Config:
             if self.jwt_secret:
                 try:
                     known[name].prepare_key(self.jwt_secret)
-                except (jwt.InvalidKeyError, ValueError):
+                except (jwt.InvalidKeyError, TypeError, ValueError):
                     raise ConfigError(
                         f"JWT_SECRET is not a key for {name}: set one, or JWT_ALGORITHMS"
                     ) from None
