@@ -88,3 +88,21 @@ async def test_what_others_write_comes_also_while_nobody_listens(server, databas
     assert not server.app[hub_key].access.remembers
     monkeypatch.undo()
     await listening(server)
+
+
+async def test_who_loses_access_is_closed_also_while_nobody_listens(server, database, monkeypatch, fail):
+    await listening(server)
+    _, (bob, _) = await server.join(1, 1), await server.join(2, 1)
+    database.insert("deleted", "kept")
+    assert await bob.receive_contents(2) == ["deleted", "kept"]
+    calls = fail(bus, "open_connection", psycopg2.OperationalError("FATAL: too many connections"))
+    ((pid,),) = database.execute(LISTENERS)
+    database.execute("SELECT pg_terminate_backend(%s)", pid)
+    await until(lambda: calls)
+    database.execute("DELETE FROM messages WHERE content = 'deleted'; DELETE FROM users WHERE id = 2")
+    assert await bob.closed() == 4403
+    await until(lambda: not server.app[hub_key].rooms[1].tail._frames)
+    _, history = await server.join(3, 1)
+    assert [frame["content"] for frame in history] == ["kept"]
+    monkeypatch.undo()
+    await listening(server)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import psql
-from tollerchat.embedded import keep_secret, run_postgres
+from tollerchat.embedded import UNFINISHED, _forget_stale_pid, keep_secret, run_postgres
 from tollerchat.errors import ConfigError
 
 EARLIER_RUN = """
@@ -49,12 +49,12 @@ def test_pid_of_a_crashed_server_that_is_anothers_now_is_not_taken_for_it(place,
 
 
 def test_first_start_that_was_cut_off_does_not_matter(place):
-    half_made = place / "postgres.left"
-    half_made.mkdir()
-    (half_made / "PG_VERSION").write_text("18\n")
+    for name in (f"{UNFINISHED}x", "postgres.bak"):
+        (place / name).mkdir()
+        (place / name / "PG_VERSION").write_text("18\n")
     with run_postgres(place) as url:
         assert psql(url, "SELECT 1") == [(1,)]
-    assert sorted(path.name for path in place.iterdir()) == ["lock", "postgres"]
+    assert sorted(path.name for path in place.iterdir()) == ["lock", "postgres", "postgres.bak"]
 
 
 @pytest.mark.parametrize("pid", ["-8165", ""])
@@ -88,3 +88,24 @@ def test_secret_is_the_same_every_time_and_for_its_owner_alone(place):
     assert keep_secret(place / "new") == secret
     assert [path.name for path in (place / "new").iterdir()] == ["jwt_secret"]
     assert (place / "new/jwt_secret").stat().st_mode & 0o777 == 0o600
+
+
+def test_secret_that_many_make_at_once_is_one(place):
+    code = "import sys, pathlib; from tollerchat.embedded import keep_secret; print(keep_secret(pathlib.Path(sys.argv[1])))"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, place], stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    told = {process.communicate(timeout=30)[0] for process in processes}
+    assert told == {keep_secret(place) + "\n"}
+
+
+def test_server_that_lives_on_is_found_also_behind_a_link(place):
+    elsewhere = place / "elsewhere"
+    elsewhere.mkdir()
+    (place / "postgres").symlink_to(elsewhere / "postgres")
+    with run_postgres(place) as url:
+        first = (elsewhere / "postgres/postmaster.pid").read_text().split()[0]
+        _forget_stale_pid(elsewhere / "postgres")
+        assert (elsewhere / "postgres/postmaster.pid").read_text().split()[0] == first
+        assert psql(url, "SELECT 1") == [(1,)]

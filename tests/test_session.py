@@ -63,10 +63,11 @@ async def test_one_that_gives_up_passes_its_turn_on(sessions):
 @pytest.fixture
 def few_connections(monkeypatch):
     """A database that has so many connections for us, and no more."""
-    few_connections = types.SimpleNamespace(most=2, made=[])
+    few_connections = types.SimpleNamespace(most=2, made=[], tried=0)
     made = few_connections.made
 
     async def open_some(config, watch):
+        few_connections.tried += 1
         made[:] = [each for each in made if not (each.done() and each.result().closed)]
         if len(made) >= few_connections.most:
             raise psycopg2.OperationalError("FATAL: too many connections")
@@ -87,11 +88,25 @@ def pool(database):
 
 async def test_where_connections_are_few_those_that_there_are_serve_all(pool, few_connections):
     assert await pool.run("SELECT 1", None) == [(1,)]
-    answers = await asyncio.wait_for(asyncio.gather(*(start(pool, f"SELECT {n}") for n in range(20))), WAIT)
-    assert answers == [[(n,)] for n in range(20)]
+    for _ in range(3):
+        queries = [start(pool, f"SELECT {n}") for n in range(20)]
+        assert await asyncio.wait_for(asyncio.gather(*queries), WAIT) == [[(n,)] for n in range(20)]
     for n in range(10):
         assert await asyncio.wait_for(pool.run(f"SELECT {n}", None), WAIT) == [(n,)]
     assert len(few_connections.made) == 2
+    assert few_connections.tried <= 4  # not again with each query
+
+
+async def test_one_that_is_refused_is_given_a_connection_that_another_does_not_need(pool, few_connections):
+    await asyncio.wait_for(asyncio.gather(start(pool, "SELECT 1"), start(pool, "SELECT 2")), WAIT)
+    others = Sessions(pool._config, ConnectionWatch(), 1, nothing, pool.spare)
+    with contextlib.closing(others):
+        with pytest.raises(Unavailable):
+            await others.run("SELECT 3", None)
+        assert await others.run("SELECT 3", None) == [(3,)]
+        assert await asyncio.wait_for(pool.run("SELECT 4", None), WAIT) == [(4,)]  # it keeps the last one
+    pool.spare()
+    assert await asyncio.wait_for(pool.run("SELECT 5", None), WAIT) == [(5,)]
 
 
 async def test_idle_connection_that_died_does_not_hide_one_that_lives(pool, few_connections):

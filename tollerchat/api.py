@@ -107,9 +107,9 @@ class MessagesApi:
         """Let pages of `ALLOWED_ORIGINS` read our answers (Fetch standard, "CORS protocol")."""
         if request.match_info.handler in (self.get_messages, self.post_message, self.preflight):
             origin, allowed = request.headers.get(hdrs.ORIGIN), self._config.allowed_origins
+            response.headers.add(hdrs.VARY, hdrs.ORIGIN)
             if origin is not None and ("*" in allowed or origin in allowed):
                 response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
-                response.headers[hdrs.VARY] = hdrs.ORIGIN
 
     async def _admit(self, request: web.Request) -> tuple[int, int]:
         identity = authenticate(request, self._config)

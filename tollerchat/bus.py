@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -64,12 +65,13 @@ class PostgresBus:
         self._config = config
         self._hub = hub
         self._repository = repository
+        self._next_look = 0.0  # by time.monotonic(), while not listening
 
     async def run(self) -> None:
         """Listen, and connect again whenever the connection fails, until cancelled."""
         while True:
             try:
-                connection = await open_connection(self._config, self._repository.watch)
+                connection = await self._open()
                 with contextlib.closing(connection):
                     await self._execute(connection, _LISTEN)
                     # Whatever was notified before is found in the tables.
@@ -79,8 +81,24 @@ class PostgresBus:
                 logger.warning("not listening to the database: %s", reason(exc))
             finally:
                 self._forget_access()
-            await self._compare()  # there may be connections that can be used
+            await self._look_without()
             await asyncio.sleep(RETRY_DELAY)
+
+    async def _open(self) -> Connection:
+        try:
+            return await open_connection(self._config, self._repository.watch)
+        except FAILURES:
+            self._repository.spare()  # the database may have no more connections to give
+            raise
+
+    async def _look_without(self) -> None:
+        """Find now and then, over other connections, what nobody tells now."""
+        if (now := time.monotonic()) >= self._next_look:
+            self._next_look = now + PROBE_INTERVAL
+            try:
+                await self._hub.resync()
+            except Unavailable as exc:
+                logger.warning("what is not notified cannot be looked for: %s", exc)
 
     async def _resync(self, connection: Connection) -> None:
         """Find what no notification told, as soon as the database can be asked, or the connection is closed.
@@ -94,7 +112,7 @@ class PostgresBus:
                 break
             except Unavailable as exc:
                 self._forget_access()
-                logger.warning("what was not notified cannot be looked for: %s", exc)
+                logger.warning("what is not notified cannot be looked for: %s", exc)
             await asyncio.sleep(RETRY_DELAY)
 
     def _forget_access(self) -> None:

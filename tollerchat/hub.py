@@ -101,9 +101,10 @@ class Hub:
     def broadcast(self, channel_id: int, messages: Sequence[Saved]) -> None:
         """Give committed messages, in the order of their batch, to the clients of the channel."""
         if room := self.rooms.get(channel_id):
+            was_doubtful = room.is_doubtful
             if not room.commit(messages):
                 self._restart()
-            elif room.is_doubtful:
+            elif room.is_doubtful and not was_doubtful:
                 self.in_doubt.set()
 
     def hint(self, channel_id: int, message_id: int) -> None:

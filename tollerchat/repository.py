@@ -94,8 +94,13 @@ class Repository:
         """Get ready to connect. It connects when first used: a database that is away now may come back."""
         # Here, because processes may be forked from one that has the parts. Not 0: that lock is for all servers.
         self.server_id = 1 + secrets.randbelow(MAX_ID)
-        self._saver = Saver(self._config, self.watch, self.server_id)
         self._readers = Sessions(self._config, self.watch, self._config.db_pool_size, self._prepare)
+        self._saver = Saver(self._config, self.watch, self.server_id, self._readers.spare)
+
+    def spare(self) -> None:
+        """Give up a connection that is not in use, for somebody who needs one more."""
+        if self._readers is not None:
+            self._readers.spare()
 
     def close(self) -> None:
         """Close all connections."""

@@ -137,9 +137,15 @@ _user_id = operator.attrgetter("user_id")
 class Saver:
     """Stores messages."""
 
-    def __init__(self, config: Config, watch: ConnectionWatch, server_id: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        watch: ConnectionWatch,
+        server_id: int,
+        refused: Callable[[], None] = lambda: None,
+    ) -> None:
         self._server_id = server_id
-        self._sessions = Sessions(config, watch, SESSIONS, self._prepare)
+        self._sessions = Sessions(config, watch, SESSIONS, self._prepare, refused)
 
     def close(self) -> None:
         """Close the connections, and make none any more."""

@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Final
 
 import psycopg2
 
@@ -19,6 +20,8 @@ __all__ = ("Sessions",)
 logger = logging.getLogger("tollerchat.session")
 logger.addFilter(Seldom())  # it may be about many at once
 
+RETRY_DELAY: Final = 5.0  # seconds, until one more connection is tried to be made after that failed
+
 Prepare = Callable[[Connection], Awaitable[None]]
 Expects = Callable[[psycopg2.Error], bool]
 
@@ -26,14 +29,23 @@ Expects = Callable[[psycopg2.Error], bool]
 class Sessions:
     """Runs queries, up to `size` at a time.
 
-    `prepare` is for each new connection; it may raise one of `FAILURES`.
+    `prepare` is for each new connection; it may raise one of `FAILURES`. `refused` is called where none can be made.
     """
 
-    def __init__(self, config: Config, watch: ConnectionWatch, size: int, prepare: Prepare) -> None:
+    def __init__(
+        self,
+        config: Config,
+        watch: ConnectionWatch,
+        size: int,
+        prepare: Prepare,
+        refused: Callable[[], None] = lambda: None,
+    ) -> None:
         self.size = size
         self._config = config
         self._watch = watch
         self._prepare = prepare
+        self._refused = refused
+        self._next_try = 0.0  # by time.monotonic(): to make one more connection, where there are some
         self._sessions = [_Session() for _ in range(size)]
         # The one that was used last is used next: its memory is warm, here and there.
         self._idle = list(self._sessions)
@@ -46,6 +58,13 @@ class Sessions:
         for session in self._sessions:
             session.close()
 
+    def spare(self) -> None:
+        """Close an idle connection, so that others can have one, unless it is the last."""
+        if sum(session.is_connected for session in self._sessions) > 1 and (idle := self._connected_idle()):
+            idle.close()
+            self._next_try = time.monotonic() + RETRY_DELAY
+            self._pass_on(idle)
+
     async def run(
         self, sql: str | bytes, parameters: Any, *, expects: Expects = lambda exc: False
     ) -> list[tuple[Any, ...]]:
@@ -57,16 +76,20 @@ class Sessions:
         try:
             while (connection := session.connection) is None or connection.closed:
                 session.connection = None
+                if self._is_connected and time.monotonic() < self._next_try:
+                    other = self._connected_idle() or await self._next_idle()
+                    self._pass_on(session)
+                    session = other
+                    continue
                 try:
                     session.connection = await self._connect()
                 except FAILURES as exc:
                     if not self._is_connected:
+                        self._refused()
                         raise
-                    # The database may have no more connections to give: one of those that we have must do.
+                    # The database may have no more connections to give: those that we have must do for a while.
                     logger.warning("no more connections to the database: %s", reason(exc))
-                    other = self._connected_idle() or await self._next_idle()
-                    self._pass_on(session)
-                    session = other
+                    self._next_try = time.monotonic() + RETRY_DELAY
             return await connection.query(sql, parameters)
         except FAILURES as exc:
             if has_answered(session.connection, exc):
