@@ -83,6 +83,7 @@ class Sessions:
                     continue
                 try:
                     session.connection = await self._connect()
+                    self._next_try = 0.0
                 except FAILURES as exc:
                     if not self._is_connected:
                         self._refused()
