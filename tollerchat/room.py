@@ -39,9 +39,8 @@ class Room:
         self.channel_id = channel_id
         self.audience = Audience(channel_id)
         self.stored = 0  # the newest id of a message that this server stored, since ids started
-        self.is_doubtful = (
-            False  # a new message has an id that was passed before: live clients did not get it
-        )
+        # A new message has an id that was passed before, and live clients did not get it: have ids gone back?
+        self.is_doubtful = False
         self.tail = Tail(history_size)  # of the log, up to what the live clients were given
         self._repository = repository
         self._history_size = history_size
