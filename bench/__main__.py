@@ -58,9 +58,8 @@ def main() -> None:
             beside=arguments.beside,
         )
         description = {"size": arguments.size, "machine": machine.describe(cluster.version())}
-        for figure in (
-            beside(bench) if arguments.beside else (FIGURES[name](bench) for name in arguments.names)
-        ):
+        made = beside(bench) if arguments.beside else (FIGURES[name](bench) for name in arguments.names)
+        for figure in made:
             progress.clear()
             print(figure.table(), end="\n\n", flush=True)
             if arguments.write:

@@ -44,6 +44,14 @@ async def listening(server):
     await until(lambda: server.app[hub_key].access.remembers)
 
 
+async def lose_the_listener(database, fail):
+    """Its connection is cut, and it gets no other."""
+    calls = fail(bus, "open_connection", psycopg2.OperationalError("FATAL: too many connections"))
+    ((pid,),) = database.execute(LISTENERS)
+    database.execute("SELECT pg_terminate_backend(%s)", pid)
+    await until(lambda: calls)
+
+
 @pytest.mark.parametrize("query", ["newest_ids", "ids_restarted"])
 async def test_failed_comparison_does_not_cost_the_connection_that_listens(
     server, database, monkeypatch, fail, query
@@ -78,10 +86,7 @@ async def test_while_a_change_of_access_cannot_be_looked_up_nobody_is_let_in_by_
 async def test_what_others_write_comes_also_while_nobody_listens(server, database, monkeypatch, fail):
     await listening(server)
     client, _ = await server.join(1, 1)
-    calls = fail(bus, "open_connection", psycopg2.OperationalError("FATAL: too many connections"))
-    ((pid,),) = database.execute(LISTENERS)
-    database.execute("SELECT pg_terminate_backend(%s)", pid)
-    await until(lambda: calls)
+    await lose_the_listener(database, fail)
     for content in ("one", "two"):
         database.insert(content)
         assert (await client.receive())["content"] == content
@@ -95,10 +100,7 @@ async def test_who_loses_access_is_closed_also_while_nobody_listens(server, data
     _, (bob, _) = await server.join(1, 1), await server.join(2, 1)
     database.insert("deleted", "kept")
     assert await bob.receive_contents(2) == ["deleted", "kept"]
-    calls = fail(bus, "open_connection", psycopg2.OperationalError("FATAL: too many connections"))
-    ((pid,),) = database.execute(LISTENERS)
-    database.execute("SELECT pg_terminate_backend(%s)", pid)
-    await until(lambda: calls)
+    await lose_the_listener(database, fail)
     database.execute("DELETE FROM messages WHERE content = 'deleted'; DELETE FROM users WHERE id = 2")
     assert await bob.closed() == 4403
     await until(lambda: not server.app[hub_key].rooms[1].tail._frames)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import psql
-from tollerchat.embedded import UNFINISHED, _forget_stale_pid, keep_secret, run_postgres
+from tollerchat.embedded import UNFINISHED, keep_secret, run_postgres
 from tollerchat.errors import ConfigError
 
 EARLIER_RUN = """
@@ -20,6 +20,14 @@ place = pathlib.Path(sys.argv[1])
 with run_postgres(place) as url:
     psql(url, "CREATE TABLE kept ()")
     shutil.copy(place / "postgres/postmaster.pid", place / "pid")
+"""
+
+KILLED_RUN = """
+import pathlib, sys, time
+from tollerchat.embedded import run_postgres
+with run_postgres(pathlib.Path(sys.argv[1])):
+    print("runs", flush=True)
+    time.sleep(60)
 """
 
 
@@ -104,8 +112,12 @@ def test_server_that_lives_on_is_found_also_behind_a_link(place):
     elsewhere = place / "elsewhere"
     elsewhere.mkdir()
     (place / "postgres").symlink_to(elsewhere / "postgres")
+    pid_file = elsewhere / "postgres/postmaster.pid"
+    with subprocess.Popen([sys.executable, "-c", KILLED_RUN, place], stdout=subprocess.PIPE) as earlier:
+        assert earlier.stdout.readline() == b"runs\n"
+        pid = pid_file.read_text().split()[0]
+        earlier.kill()
     with run_postgres(place) as url:
-        first = (elsewhere / "postgres/postmaster.pid").read_text().split()[0]
-        _forget_stale_pid(elsewhere / "postgres")
-        assert (elsewhere / "postgres/postmaster.pid").read_text().split()[0] == first
         assert psql(url, "SELECT 1") == [(1,)]
+        assert pid_file.read_text().split()[0] == pid
+    assert not pid_file.exists()

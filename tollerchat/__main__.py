@@ -18,7 +18,7 @@ from tollerchat import __version__
 from tollerchat.app import RUNNER_OPTIONS, create_app, drain
 from tollerchat.auth import issue_token
 from tollerchat.config import Config
-from tollerchat.database import apply_schema
+from tollerchat.database import apply_schema, reason
 from tollerchat.embedded import DEMO_USERS, add_demo_data, keep_secret, run_postgres
 from tollerchat.errors import ConfigError
 from tollerchat.protocol import MAX_ID
@@ -68,9 +68,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    if not 1 <= (number := int(text)) <= MAX_ID:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 to {MAX_ID}")
-    return number
+    try:
+        if 1 <= (number := int(text)) <= MAX_ID:
+            return number
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text} is not 1 to {MAX_ID}")
 
 
 def _with_secret(config: Config) -> Config:
@@ -86,8 +89,7 @@ def _init_db(config: Config) -> None:
     try:
         apply_schema(config.db_url)
     except psycopg2.Error as exc:
-        reason = str(exc).strip().split("\n")[0]
-        raise ConfigError(f"cannot set up the database of DB_URL: {reason}") from None
+        raise ConfigError(f"cannot set up the database of DB_URL: {reason(exc)}") from None
     print("the database is set up")
 
 

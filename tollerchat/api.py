@@ -7,7 +7,14 @@ from aiohttp import hdrs, web
 
 from tollerchat.config import Config
 from tollerchat.errors import BadRequest, ChatError, Unavailable
-from tollerchat.http import authenticate, channel_id_of, error_response, integer, message_id_of
+from tollerchat.http import (
+    authenticate,
+    channel_id_of,
+    error_response,
+    integer,
+    is_listed,
+    message_id_of,
+)
 from tollerchat.hub import Hub
 from tollerchat.protocol import MAX_BIGINT, OutgoingMessage, parse_message
 from tollerchat.repository import Repository
@@ -106,9 +113,9 @@ class MessagesApi:
     async def allow_origin(self, request: web.Request, response: web.StreamResponse) -> None:
         """Let pages of `ALLOWED_ORIGINS` read our answers (Fetch standard, "CORS protocol")."""
         if request.match_info.handler in (self.get_messages, self.post_message, self.preflight):
-            origin, allowed = request.headers.get(hdrs.ORIGIN), self._config.allowed_origins
             response.headers.add(hdrs.VARY, hdrs.ORIGIN)
-            if origin is not None and ("*" in allowed or origin in allowed):
+            origin = request.headers.get(hdrs.ORIGIN)
+            if origin is not None and is_listed(origin, self._config):
                 response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
 
     async def _admit(self, request: web.Request) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from typing import Any
 
 import psycopg2
@@ -95,10 +95,7 @@ class PostgresBus:
         """Find now and then, over other connections, what nobody tells now."""
         if (now := time.monotonic()) >= self._next_look:
             self._next_look = now + PROBE_INTERVAL
-            try:
-                await self._hub.resync()
-            except Unavailable as exc:
-                logger.warning("what is not notified cannot be looked for: %s", exc)
+            await self._try(self._hub.resync())
 
     async def _resync(self, connection: Connection) -> None:
         """Find what no notification told, as soon as the database can be asked, or the connection is closed.
@@ -107,12 +104,9 @@ class PostgresBus:
         """
         while not connection.closed:
             self._hub.access.remembers = True
-            try:
-                await self._hub.resync()
+            if await self._try(self._hub.resync()):
                 break
-            except Unavailable as exc:
-                self._forget_access()
-                logger.warning("what is not notified cannot be looked for: %s", exc)
+            self._forget_access()
             await asyncio.sleep(RETRY_DELAY)
 
     def _forget_access(self) -> None:
@@ -120,11 +114,14 @@ class PostgresBus:
         self._hub.access.remembers = False
         self._hub.access.forget()
 
-    async def _compare(self) -> None:
+    async def _try(self, look: Awaitable[None]) -> bool:
+        """Look for what is not notified; returns whether the database could be asked."""
         try:
-            await self._hub.compare_with_log()
+            await look
         except Unavailable as exc:
-            logger.warning("the rooms cannot be compared with the log: %s", exc)
+            logger.warning("what is not notified cannot be looked for: %s", exc)
+            return False
+        return True
 
     async def _listen(self, connection: Connection) -> None:
         probing = asyncio.create_task(self._probe(connection))
@@ -146,7 +143,7 @@ class PostgresBus:
                 if not await self._execute(connection, _PROBE):
                     raise Unavailable("the database has forgotten this server")
                 known = known or await self._outwait(connection)
-                await self._compare()
+                await self._try(self._hub.compare_with_log())
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(
                         self._hub.in_doubt.wait(), PROBE_INTERVAL if known else RETRY_DELAY

@@ -15,7 +15,7 @@ from typing import Any
 
 import psycopg2
 
-from tollerchat.database import apply_schema
+from tollerchat.database import apply_schema, reason
 from tollerchat.errors import ConfigError
 
 __all__ = ("DEMO_USERS", "add_demo_data", "keep_secret", "run_postgres")
@@ -82,10 +82,9 @@ def _usable(data_dir: Path) -> Iterator[None]:
     try:
         yield
     except (AssertionError, OSError, RuntimeError, subprocess.SubprocessError) as exc:
-        reason = str(exc).partition("\n")[0]
         raise ConfigError(
             f"the embedded PostgreSQL cannot use {data_dir}, see postgres/log there: set DATA_DIR to another directory, "
-            f"or DB_URL ({type(exc).__name__}: {reason})"
+            f"or DB_URL ({type(exc).__name__}: {reason(exc)})"
         ) from None
 
 

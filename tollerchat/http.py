@@ -27,6 +27,7 @@ __all__ = (
     "error_response",
     "handshake",
     "integer",
+    "is_listed",
     "message_id_of",
 )
 
@@ -116,13 +117,17 @@ def _tokens(request: web.Request, name: str) -> list[str]:
 def check_origin(request: web.Request, config: Config) -> None:
     """Raise `Forbidden` if a browser sends this for a page that may not."""
     origin = request.headers.get(hdrs.ORIGIN)
-    allowed = config.allowed_origins
-    if origin is None or "*" in allowed or origin in allowed:
+    if origin is None or is_listed(origin, config):
         return
     with contextlib.suppress(ValueError):  # what is no URL is no origin of ours
-        if not allowed and urlsplit(origin).netloc == request.host:
+        if not config.allowed_origins and urlsplit(origin).netloc == request.host:
             return
     raise Forbidden(f"the origin {origin} is not allowed: add it to ALLOWED_ORIGINS")
+
+
+def is_listed(origin: str, config: Config) -> bool:
+    """Whether `ALLOWED_ORIGINS` has an origin."""
+    return "*" in config.allowed_origins or origin in config.allowed_origins
 
 
 def channel_id_of(request: web.Request) -> int:

@@ -185,8 +185,10 @@ class Repository:
         before, self._sequence_file = self._sequence_file, sequence_file
         if before != sequence_file:
             return True
-        if last_id is None or last_id < stored:
-            return last_id is not None
+        if last_id is None:
+            return False
+        if last_id < stored:
+            return True
         if not (suspects := {channel_id for channel_id, head in heads.items() if head > last_id}):
             return False
         newest = await self.newest_ids(suspects)

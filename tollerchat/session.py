@@ -77,20 +77,9 @@ class Sessions:
             while (connection := session.connection) is None or connection.closed:
                 session.connection = None
                 if self._is_connected and time.monotonic() < self._next_try:
-                    other = self._connected_idle() or await self._next_idle()
-                    self._pass_on(session)
-                    session = other
-                    continue
-                try:
-                    session.connection = await self._connect()
-                    self._next_try = 0.0
-                except FAILURES as exc:
-                    if not self._is_connected:
-                        self._refused()
-                        raise
-                    # The database may have no more connections to give: those that we have must do for a while.
-                    logger.warning("no more connections to the database: %s", reason(exc))
-                    self._next_try = time.monotonic() + RETRY_DELAY
+                    session = await self._exchange(session)
+                else:
+                    await self._connect_one_more(session)
             return await connection.query(sql, parameters)
         except FAILURES as exc:
             if has_answered(session.connection, exc):
@@ -116,6 +105,25 @@ class Sessions:
             if not turn.cancel():
                 self._pass_on(turn.result())
             raise
+
+    async def _exchange(self, session: "_Session") -> "_Session":
+        """Another one for a session without a connection, most likely with one."""
+        other = self._connected_idle() or await self._next_idle()
+        self._pass_on(session)
+        return other
+
+    async def _connect_one_more(self, session: "_Session") -> None:
+        """Connect a session, if that can be. Raises one of `FAILURES` where no session is connected."""
+        try:
+            session.connection = await self._connect()
+            self._next_try = 0.0
+        except FAILURES as exc:
+            if not self._is_connected:
+                self._refused()
+                raise
+            # The database may have no more connections to give: those that we have must do for a while.
+            logger.warning("no more connections to the database: %s", reason(exc))
+            self._next_try = time.monotonic() + RETRY_DELAY
 
     @property
     def _is_connected(self) -> bool:
