@@ -213,7 +213,7 @@ class Generator:
                 sent.append(clock())
                 sender.send()
             for fd, _ in self._epoll.poll(max(0.0, next_at - clock()) if len(sent) < count else TIMEOUT):
-                read = self._receive[fd](self._buffer)
+                read = len(self._read(fd))
                 now = clock()
                 if fd != sender.fd:
                     first = got[fd] // size

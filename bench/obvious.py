@@ -43,7 +43,7 @@ async def chat(request):
         raise web.HTTPUnauthorized from None
     channel_id = int(request.match_info["channel_id"])
     pool = request.app[pool_key]
-    ws = web.WebSocketResponse(heartbeat=54)
+    ws = web.WebSocketResponse(heartbeat=float(os.environ["PING_INTERVAL"]))
     await ws.prepare(request)
     async with pool.acquire() as connection, connection.cursor() as cursor:
         await cursor.execute(HISTORY, (channel_id,))
