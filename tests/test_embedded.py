@@ -1,9 +1,12 @@
 """The embedded PostgreSQL, after ends and in places that it was not made for."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -120,4 +123,20 @@ def test_server_that_lives_on_is_found_also_behind_a_link(place):
     with run_postgres(place) as url:
         assert psql(url, "SELECT 1") == [(1,)]
         assert pid_file.read_text().split()[0] == pid
+    assert not pid_file.exists()
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT], [signal.SIGTERM, signal.SIGINT]])
+def test_server_that_is_stopped_while_it_starts_leaves_no_postgres_behind(place, numbers):
+    environ = {name: value for name, value in os.environ.items() if name not in ("DB_URL", "JWT_SECRET")}
+    environ |= {"DATA_DIR": str(place), "PORT": "0"}
+    pid_file = place / "postgres/postmaster.pid"
+    with subprocess.Popen([sys.executable, "-m", "tollerchat"], env=environ) as server:
+        deadline = time.monotonic() + 30
+        while not pid_file.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        for number in numbers:
+            server.send_signal(number)
+        assert server.wait(30) in {128 + number for number in numbers}
     assert not pid_file.exists()

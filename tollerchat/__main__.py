@@ -30,6 +30,7 @@ logger = logging.getLogger("tollerchat")
 # Connections that wait to be accepted: all clients come back at once after a restart.
 BACKLOG = 4096
 DEMO_TTL = 30 * 24 * 3600  # seconds
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,6 +96,8 @@ def _init_db(config: Config) -> None:
 
 def _serve(config: Config) -> None:
     config = _with_secret(config)
+    for number in STOP_SIGNALS:
+        signal.signal(number, _exit)
     with contextlib.ExitStack() as stack:
         demo = not config.db_url
         if demo:
@@ -124,6 +127,7 @@ def _raise_descriptor_limit() -> None:
 
 
 async def _serve_until_stopped(config: Config, *, demo: bool) -> None:
+    stop = _stop_signal()
     app = create_app(config)
     access_log = logging.getLogger("aiohttp.access") if config.access_log else None
     runner = web.AppRunner(app, shutdown_timeout=1.0, access_log=access_log, **RUNNER_OPTIONS)
@@ -141,7 +145,7 @@ async def _serve_until_stopped(config: Config, *, demo: bool) -> None:
         _calm_garbage_collector()
         if demo:
             _print_links(config, base)
-        await _stop_signal()
+        await stop.wait()
         logger.info("shutting down")
         # Before the sites close: whoever comes now is told 503, and /health says so.
         await drain(app)
@@ -173,19 +177,30 @@ def _print_links(config: Config, base: str) -> None:
     print(f"Messages are kept in {config.data_dir}/. Stop with Ctrl-C.\n", flush=True)
 
 
-async def _stop_signal() -> None:
-    """Wait for SIGTERM or SIGINT; a second one ends the process at once."""
+def _exit(number: int, _: object) -> None:
+    """End the process in order, whoever else wants it to end: an embedded PostgreSQL must not stay behind."""
+    for each in STOP_SIGNALS:
+        signal.signal(each, lambda *_: None)
+    sys.exit(128 + number)
+
+
+def _stop_signal() -> asyncio.Event:
+    """Set by the first of the signals; a second one ends the process before all clients have what they wait for."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+
+    def take() -> None:
+        stop.set()
+        for number in STOP_SIGNALS:
+            loop.remove_signal_handler(number)
+            signal.signal(number, _exit)
+
+    for number in STOP_SIGNALS:
         if sys.platform == "win32":
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
         else:
-            loop.add_signal_handler(number, stop.set)
-    await stop.wait()
-    if sys.platform != "win32":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
+            loop.add_signal_handler(number, take)
+    return stop
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -60,20 +62,34 @@ def run_postgres(data_dir: Path) -> Iterator[str]:
             raise ConfigError(
                 f"another server runs on {data_dir}: stop it, or set DATA_DIR to another directory"
             )
+    server = None
     try:
-        with _usable(data_dir):
+        with _usable(data_dir), _undisturbed():
             pgdata = (data_dir / "postgres").resolve()  # it may be a link
             if not pgdata.exists():
                 _make_cluster(pgdata, get_server)
             _forget_stale_pid(pgdata)
             # It would count its users itself, but takes one that was killed for a user for ever.
             server = get_server(pgdata, cleanup_mode=None)
-        try:
-            yield server.get_uri()
-        finally:
-            server.stop()
+        yield server.get_uri()
     finally:
-        lock.release()
+        with _undisturbed():
+            if server is not None:
+                server.stop()
+            lock.release()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold SIGTERM and Ctrl-C back: a PostgreSQL that is half started, or half stopped, would stay behind."""
+    if sys.platform == "win32":
+        yield
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @contextlib.contextmanager
