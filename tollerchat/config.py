@@ -109,11 +109,14 @@ class Config:
 
     def _check_database(self) -> None:
         try:
-            psycopg2.extensions.parse_dsn(self.db_url)
+            ports = psycopg2.extensions.parse_dsn(self.db_url).get("port", "")
         except psycopg2.ProgrammingError:  # its text may have the password
             raise ConfigError(
                 "DB_URL is not a PostgreSQL URL: it must look like postgresql://user:password@host/database"
             ) from None
+        for port in ports.split(","):
+            if port and not (port.isdecimal() and 1 <= int(port) <= 65535):
+                raise ConfigError(f"DB_URL has the port {port!r}: it must be 1 to 65535")
 
     def _check_tokens(self) -> None:
         if not self.jwt_algorithms:
