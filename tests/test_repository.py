@@ -34,7 +34,6 @@ async def test_quiet_channel_does_not_cost_what_busy_ones_have(config, database)
     )
     ((before, scans),) = database.execute(_READ)
     repository = Repository(config)
-    await repository.open()
     try:
         assert len(await repository.load_last_messages(2, MAX_BIGINT, 51)) == 2
         assert len(await repository.load_messages_after(2, 0, MAX_BIGINT, 64)) == 2
@@ -59,7 +58,6 @@ async def test_statements_that_were_planned_for_small_tables_stay_quick_as_they_
     database.insert(*messages)
     database.execute("ANALYZE")
     repository = Repository(dataclasses.replace(config, db_pool_size=1))
-    await repository.open()
 
     async def use_all(n):
         await asyncio.gather(  # both sessions of the saver
@@ -126,7 +124,6 @@ async def test_any_text_is_stored_as_it_is(config, database, conforming):
     rng = random.Random(1129)
     texts = ["".join(rng.choices(pieces, k=rng.randint(1, 12))) for _ in range(300)]
     repository = Repository(config)
-    await repository.open()
     try:
         batch = [NewMessage(1, 1, text, f"{n}{text}") for n, text in enumerate(texts)]
         alone = [batch.pop() for _ in range(100)]
@@ -145,7 +142,6 @@ async def test_any_text_is_stored_as_it_is(config, database, conforming):
 
 async def test_query_that_is_cut_off_by_the_end_does_not_connect_again(config, database):
     repository = Repository(config)
-    await repository.open()
     await repository.newest_ids([1])  # the connection is there
     with contextlib.closing(psycopg2.connect(database.url)) as other, other.cursor() as cursor:
         cursor.execute("LOCK TABLE messages")
@@ -162,7 +158,6 @@ async def test_altered_table_is_read_by_connections_that_knew_it_before(config, 
     """Their prepared statements do not fit any more."""
     database.insert("first")
     repository = Repository(config)
-    await repository.open()
     try:
         assert len(await repository.load_last_messages(1, MAX_BIGINT, 51)) == 1
         database.execute("ALTER TABLE messages ALTER content TYPE varchar(9000)")

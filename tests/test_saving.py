@@ -17,7 +17,7 @@ class Database(Saver):
     """`answers` are for each attempt to store, in turn: an exception, or None where it succeeds."""
 
     def __init__(self, *answers):
-        super().__init__(Config(jwt_secret=SECRET), ConnectionWatch(), server_id=1)
+        super().__init__(Config(jwt_secret=SECRET), ConnectionWatch())
         self._answers = list(answers)
         self.attempts = []  # the channels of each
 

@@ -127,7 +127,6 @@ async def _parts(app: web.Application) -> AsyncIterator[None]:
     if app[hub_key].draining:
         raise RuntimeError("this application was shut down: make another one")
     async with contextlib.AsyncExitStack() as stack:
-        await app[repository_key].open()
         stack.callback(app[repository_key].close)
         works = (
             app[repository_key].watch.run,

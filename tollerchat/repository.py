@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from tollerchat.connection import Connection, ConnectionWatch
 from tollerchat.database import TIME_FORMAT
 from tollerchat.errors import ChatError, Forbidden, NotFound, Unavailable
 from tollerchat.logs import Seldom
-from tollerchat.protocol import MAX_BIGINT, MAX_ID, OutgoingMessage
+from tollerchat.protocol import MAX_BIGINT, OutgoingMessage
 from tollerchat.saving import LOCK_KEY, NewMessage, Saver, SaveResult
 from tollerchat.session import Sessions
 
@@ -83,31 +82,25 @@ class Repository:
     """
 
     def __init__(self, config: Config) -> None:
-        self.server_id: int  # by which servers on one database tell each other apart
         self.watch = ConnectionWatch()
-        self._config = config
-        self._saver: Saver | None = None
-        self._readers: Sessions | None = None
+        # They connect when first used: a database that is away now may come back.
+        self._readers = Sessions(config, self.watch, config.db_pool_size, self._prepare)
+        self._saver = Saver(config, self.watch, self._readers.spare)
         self._sequence_file: int | None = None
 
-    async def open(self) -> None:
-        """Get ready to connect. It connects when first used: a database that is away now may come back."""
-        # Here, because processes may be forked from one that has the parts. Not 0: that lock is for all servers.
-        self.server_id = 1 + secrets.randbelow(MAX_ID)
-        self._readers = Sessions(self._config, self.watch, self._config.db_pool_size, self._prepare)
-        self._saver = Saver(self._config, self.watch, self.server_id, self._readers.spare)
+    @property
+    def server_id(self) -> int:
+        """By which servers on one database tell each other apart."""
+        return self._saver.server_id
 
     def spare(self) -> None:
         """Give up a connection that is not in use, for somebody who needs one more."""
-        if self._readers is not None:
-            self._readers.spare()
+        self._readers.spare()
 
     def close(self) -> None:
         """Close all connections."""
-        if self._saver is not None:
-            self._saver.close()
-        if self._readers is not None:
-            self._readers.close()
+        self._saver.close()
+        self._readers.close()
 
     async def _prepare(self, connection: Connection) -> None:
         ((sequence_file, _),) = await connection.query(_PREPARE)
@@ -203,7 +196,6 @@ class Repository:
         return row[0], row[1]
 
     async def _read(self, sql: str, parameters: Any) -> list[tuple[Any, ...]]:
-        assert self._readers is not None, "open() was not awaited"
         # After a restart of the database, connections are dead and only tell when used.
         for _ in range(self._readers.size):
             try:
@@ -222,7 +214,6 @@ class Repository:
 
         Raises what `save_messages` returns.
         """
-        assert self._saver is not None, "open() was not awaited"
         (result,) = await self._saver.save([message], {}, tell_all=True)
         if isinstance(result, ChatError):
             raise result
@@ -235,5 +226,4 @@ class Repository:
 
         Telling our own clients is left to the caller.
         """
-        assert self._saver is not None, "open() was not awaited"
         return self._saver.save(batch, heads)

@@ -1,7 +1,9 @@
 """`Saver`: how a batch of messages is stored, and each of them gets a result of its own."""
 
+import functools
 import itertools
 import operator
+import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -12,7 +14,7 @@ from tollerchat.config import Config
 from tollerchat.connection import Connection, ConnectionWatch
 from tollerchat.database import TIME_FORMAT, explain_refusal, is_of_rows
 from tollerchat.errors import ChannelLocked, ChatError, NonceConflict, Unavailable
-from tollerchat.protocol import OutgoingMessage
+from tollerchat.protocol import MAX_ID, OutgoingMessage
 from tollerchat.session import Sessions
 
 __all__ = ("LOCK_KEY", "SERVERS_KEY", "SESSIONS", "NewMessage", "SaveResult", "Saved", "Saver")
@@ -141,11 +143,17 @@ class Saver:
         self,
         config: Config,
         watch: ConnectionWatch,
-        server_id: int,
         refused: Callable[[], None] = lambda: None,
     ) -> None:
-        self._server_id = server_id
         self._sessions = Sessions(config, watch, SESSIONS, self._prepare, refused)
+
+    @functools.cached_property
+    def server_id(self) -> int:
+        """By which servers on one database tell each other apart; not 0: that lock is for all servers.
+
+        Drawn when first used, because processes may be forked from one that has the parts.
+        """
+        return 1 + secrets.randbelow(MAX_ID)
 
     def close(self) -> None:
         """Close the connections, and make none any more."""
@@ -175,7 +183,7 @@ class Saver:
                 new.head = previous[new.channel_id] = heads.get(new.channel_id, 0)
         channel_ids = sorted(previous)
         before = settings + _LOCK % b",".join([b"%d" % channel_id for channel_id in channel_ids])
-        told_by = 0 if tell_all else self._server_id
+        told_by = 0 if tell_all else self.server_id
         try:
             rows: list[tuple[Any, ...]] = []
             if len(batch) == 1:
