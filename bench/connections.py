@@ -25,8 +25,7 @@ def join(bench: Bench) -> Figure:
             cost_of_joining(server)  # the users were here before
             measures[server.name] = lambda server=server: cost_of_joining(server) / 1e3
         samples = bench.interleave(figure.name, measures)
-    for label, values in samples.items():
-        figure.add(label, values)
+    figure.add_all(samples)
     figure.compare("tollerchat, ms of CPU", samples["tollerchat"], [1] * bench.runs, 0.22)
     figure.compare("tollerchat / obvious", samples["tollerchat"], samples["obvious"], 0.25)
     return figure
@@ -75,10 +74,8 @@ def storm(bench: Bench) -> Figure:
         figure.note = "told to try again: " + ", ".join(
             f"{name} {count:,} times" for name, count in refused.items()
         )
-    for label, values in samples.items():
-        figure.add(label, values)
-    for label, values in seconds.items():
-        figure.add(f"{label}, s until all have caught up", values)
+    figure.add_all(samples)
+    figure.add_all(seconds, ", s until all have caught up")
     figure.compare("tollerchat / obvious", samples["tollerchat"], samples["obvious"], 0.25)
     return figure
 
@@ -116,10 +113,8 @@ def idle(bench: Bench) -> Figure:
         {kind.name: lambda kind=kind: load(kind) for kind in (Tollerchat, Obvious)},
         runs=min(bench.runs, 2),
     )
-    for label, values in samples.items():
-        figure.add(label, values)
-    for label, values in cpu.items():
-        figure.add(f"{label}, % of a core while idle", values)
+    figure.add_all(samples)
+    figure.add_all(cpu, ", % of a core while idle")
     figure.compare("tollerchat, KiB", samples["tollerchat"], [1] * len(samples["tollerchat"]), 8)
     return figure
 
@@ -154,8 +149,7 @@ def _larger_rooms(bench: Bench, figure: Figure) -> None:
         size: _bare_loop(bench, size, room.message, messages=_messages(size))
         for size in (sizes[0], sizes[-1])
     }
-    for label, values in samples.items():
-        figure.add(label, values)
+    figure.add_all(samples)
     for size, values in loops.items():
         figure.add(f"send(2) loop to {size:,}", values)
     first, *_, last = samples
@@ -203,8 +197,7 @@ def _more_rooms(bench: Bench, figure: Figure) -> None:
         label = f"send(2) loop, {groups:,} groups of {members}"
         loop = _bare_loop(bench, members, room.message, messages=2 * most, groups=groups)
         figure.add(label, loop)
-    for label, values in samples.items():
-        figure.add(label, values)
+    figure.add_all(samples)
     one, many = samples
     figure.compare(f"{many} / {one}", samples[many], samples[one], 1.2)
 
@@ -229,7 +222,6 @@ def _longer_history(bench: Bench, figure: Figure) -> None:
 
             load()
             samples |= bench.interleave(figure.name, {f"{messages:,} messages stored": load})
-    for label, values in samples.items():
-        figure.add(f"{label}, ms of CPU per first join", values)
+    figure.add_all(samples, ", ms of CPU per first join")
     first, *_, last = samples
     figure.compare(f"{last} / {first}", samples[last], samples[first], 1.2)

@@ -101,8 +101,7 @@ def fanout(bench: Bench) -> Figure:
             for room in rooms:
                 measures[room.server.name] = lambda room=room: room.one_at_a_time(messages) / room.deliveries
             samples = bench.interleave(figure.name, measures)
-    for label, values in samples.items():
-        figure.add(label, values)
+    figure.add_all(samples)
     figure.compare("tollerchat / send(2) loop", samples["tollerchat"], samples["send(2) loop"], 1.25)
     return figure
 
@@ -123,8 +122,7 @@ def crowd(bench: Bench) -> Figure:
             for room in rooms:
                 measures[room.server.name] = lambda room=room: load(room)
             samples = bench.interleave(figure.name, measures)
-    for label, values in samples.items():
-        figure.add(label, values)
+    figure.add_all(samples)
     figure.compare("tollerchat / send(2) loop", samples["tollerchat"], samples["send(2) loop"], 0.05)
     return figure
 
@@ -149,10 +147,8 @@ def stored(bench: Bench) -> Figure:
             size = sum(server.sizes(*senders[:2]))
             measures[server.name] = lambda args=(server, senders, size): load(*args)
         samples = bench.interleave(figure.name, measures)
-    for label, values in samples.items():
-        figure.add(label, values)
-    for label, values in cpu.items():
-        figure.add(f"{label}, us of CPU per message", values)
+    figure.add_all(samples)
+    figure.add_all(cpu, ", us of CPU per message")
     figure.compare("tollerchat / obvious", samples["tollerchat"], samples["obvious"], 4, at_least=True)
     figure.compare("tollerchat, us of CPU per message", cpu["tollerchat"], [1] * bench.runs, 15)
     return figure
@@ -176,8 +172,7 @@ def latency(bench: Bench) -> Figure:
             figure.name, {room.server.name: lambda room=room: load(room) for room in rooms}
         )
     for name, samples in (("p50", p50), ("p99", p99)):
-        for label, values in samples.items():
-            figure.add(f"{label}, {name}", values)
+        figure.add_all(samples, f", {name}")
         figure.compare(f"tollerchat / obvious, {name}", samples["tollerchat"], samples["obvious"], 1)
     return figure
 
@@ -198,7 +193,6 @@ def lone(bench: Bench) -> Figure:
             room = fill(server, 1, bench)
             measures[server.name] = lambda room=room: load(room)
         samples = bench.interleave(figure.name, measures)
-    for label, values in samples.items():
-        figure.add(label, values)
+    figure.add_all(samples)
     figure.compare("tollerchat / bare INSERT", samples["tollerchat"], samples["bare INSERT"], 1.5)
     return figure

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 __all__ = ("RESULTS", "Figure", "Progress", "short")
@@ -62,6 +62,11 @@ class Figure:
 
     def add(self, label: str, samples: Sequence[float]) -> None:
         self.rows.append(Row(label, Spread(list(samples))))
+
+    def add_all(self, by_label: Mapping[str, Sequence[float]], what: str = "") -> None:
+        """A row for each; `what` is behind the labels."""
+        for label, samples in by_label.items():
+            self.add(label + what, samples)
 
     def compare(
         self,
