@@ -49,10 +49,11 @@ class Room:
         self._loading: asyncio.Task[None] | None = None
         self.catching_up: asyncio.Task[None] | None = None  # while the log is being read
         self._progress: asyncio.Future[None] | None = None  # for those who wait in reach()
-        self._commits_begun = self._commits_ended = 0  # those between are in flight; they end in their order
-        self._spoilt_until = 0  # the last commit that was in flight when something was forgotten
+        self._is_committing = False  # there is one commit at a time: the writer has a channel in one batch
+        self._is_spoilt = False  # something was forgotten since it began, which may be in it
+        self._is_stale = True  # it did not begin here, or the log has started again since
+        self._commits_ended = 0
         self._generation = 0  # counts restarts
-        self._begun_in = -1  # the generation in which the last commit began
         self._committed = 0  # the newest id that a commit of this server has told
         self._heard = 0  # the newest id announced by anybody
         self._target = 0  # the newest id that the room may read from the log
@@ -100,14 +101,14 @@ class Room:
 
     def begin_commit(self) -> None:
         """A commit of this server is on its way: the log is not to be read past it before its answer."""
-        self._commits_begun += 1
-        self._begun_in = self._generation
+        self._is_committing, self._is_spoilt, self._is_stale = True, False, False
 
     def end_commit(self) -> None:
         """The answer has been dealt with."""
+        self._is_committing = False
         self._commits_ended += 1
-        if self._commits_ended <= self._spoilt_until:
-            self._drop()  # what was forgotten may be in it
+        if self._is_spoilt:
+            self._drop()
         self._pursue()
         self._tell_progress()
 
@@ -116,7 +117,7 @@ class Room:
 
         False if it cannot be: ids have gone back.
         """
-        if self._begun_in != self._generation:  # it may be of a log that is gone
+        if self._is_stale:  # it may be of a log that is gone
             self.hint(max(each.message.message_id for each in saved))
             return True
         following: list[OutgoingMessage] = []
@@ -149,7 +150,7 @@ class Room:
 
     def forget(self) -> None:
         """Messages were deleted or changed: do not send the old ones from memory."""
-        self._spoilt_until = self._commits_begun
+        self._is_spoilt = True
         self._drop()
 
     def _drop(self) -> None:
@@ -160,10 +161,11 @@ class Room:
         """The log was emptied, and its ids may start again; all who are in the room are being closed."""
         self._loaded = False
         self._generation += 1
+        self._is_stale = True
         self.stored = self._committed = self._heard = self._target = 0
         self.is_doubtful = False
+        self.tail.head = 0
         self.forget()
-        self.tail.restart()
 
     async def reach(self, message_id: int) -> None:
         """Wait until the head is at `message_id`, which the log has. Raises `Unavailable`.
@@ -172,7 +174,7 @@ class Room:
         """
         loop = asyncio.get_running_loop()
         end = loop.time() + REACH_TIMEOUT
-        commits = self._commits_begun
+        commits = self._commits_ended + self._is_committing
         before = self._readings  # earlier ones may be from before the log had the message
         while True:
             reading, read_to = self._read_to
@@ -191,7 +193,7 @@ class Room:
     def _pursue(self) -> None:
         # A hint may be of a commit in flight, whose frames its sender must not get. After the answer
         # each sender knows its own, so only then is the hint a target.
-        if self._commits_ended == self._commits_begun:
+        if not self._is_committing:
             self._target, self._heard = max(self._target, self._heard), 0
         if self._loaded and self._target > self.tail.head and self.catching_up is None:
             self.catching_up = asyncio.create_task(self._catch_up())
