@@ -81,6 +81,7 @@ def test_sender_is_idle_again_when_its_message_was_stored_at_the_second_try(outb
     for _ in range(2):
         outbox.sent("x", "n", 4)
         outbox.refused(Unavailable("no answer", sent=True), NewMessage(1, 1, "x", "n"))
+        outbox.answer()
     outbox.sent("x", "n", 4)
     outbox.stored(Saved(stored(5), repeated=False, previous=4), "n")
     assert outbox.others(page(5)).count(b'"ack"') == 1

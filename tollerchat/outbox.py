@@ -29,6 +29,7 @@ class Outbox:
     __slots__ = (
         "_answers",
         "_cursor",
+        "_early",
         "_in_flight",
         "_late",
         "_max_in_flight",
@@ -47,9 +48,10 @@ class Outbox:
         self._max_in_flight = max_in_flight
         self._in_flight = 0  # messages without an answer
         self._cursor = 0  # the client's; while idle, it may be behind
-        # Answers in the order of the messages, each with the id that the cursor must reach first, 0 for a refusal,
-        # and whether it is one that tells by its nonce which message it is of.
-        self._answers: deque[tuple[int, bytes, bool]] = deque()
+        # Answers in the order of the messages, each with the id that the cursor must reach first, 0 for a refusal.
+        self._answers: deque[tuple[int, bytes]] = deque()
+        # Refusals that tell by their nonce which message they are of: they need not wait for acks, which need the log.
+        self._early: list[bytes] = []
         self.own: set[int] = set()  # ids of its messages that its cursor has not passed yet
         # Of its messages without an answer that have a nonce: it, and a hash of the content.
         self.unsettled: set[tuple[str, int]] = set()
@@ -105,28 +107,27 @@ class Outbox:
         if message.message_id > self._cursor:
             self.own.add(message.message_id)
         ack = encode(AckFrame(nonce, message.message_id, message.created_at)) if self._v1 else b""
-        self._answers.append((message.message_id, ack, False))
+        self._answers.append((message.message_id, ack))
 
     def refused(self, error: ChatError, message: NewMessage) -> None:
         """It is not stored, or, for all we know, may be: then it is remembered, to be recognised in the log."""
         nonce, content = message.nonce, hash(message.content)
-        if nonce is not None:
+        answer = error_frame(error, nonce)
+        if nonce is None:
+            self._answers.append((0, answer))
+        else:
+            self._early.append(answer)
             self.unsettled.discard((nonce, content))
         # With a nonce in any case: an earlier copy may have been refused.
         if isinstance(error, Unavailable) and (error.sent or nonce is not None):
             self.doubts.append((nonce, content, time.monotonic()))
-        self._answers.append((0, error_frame(error, nonce), nonce is not None))
 
     def answer(self) -> None:
         """Write the answers whose place is not behind the cursor; drop all if the connection is closing."""
-        if self._answers:
+        if self._answers or self._early:
             until = MAX_BIGINT if self._socket.closing else self._cursor
-            taken = self._take_answers(until)
-            # While the log cannot be read, acks wait; a refusal that can be told apart need not.
-            if refusals := [each for each in self._answers if each[2]]:
-                self._answers = deque(each for each in self._answers if not each[2])
-                taken += self._answered([data for _, data, _ in refusals])
-            if data := b"".join(taken):
+            early, self._early = self._early, []
+            if data := b"".join(self._take_answers(until) + self._answered(early)):
                 self._socket.write(data)
 
     def _take_answers(self, message_id: int) -> list[bytes]:
