@@ -8,7 +8,7 @@ import pytest
 
 from tests.support import WAIT
 from tollerchat import connection
-from tollerchat.connection import OPTIONS, ConnectionWatch, connect
+from tollerchat.connection import ConnectionWatch, connect
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ async def watched(database, monkeypatch):
     """A connection, and the watch that looks at it all the time."""
     monkeypatch.setattr(connection, "WATCH_INTERVAL", 0.01)
     watch = ConnectionWatch()
-    watched = await connect(database.url, timeout=WAIT, **OPTIONS)
+    watched = await connect(database.url, timeout=WAIT)
     watch.add(watched)
     watching = asyncio.create_task(watch.run())
     with contextlib.closing(watched):
@@ -52,7 +52,7 @@ def test_connection_whose_descriptor_is_closed_already_can_be_closed(database):
     """By libpq, while it was still sending; asyncio's loop complains of it, uvloop does not."""
 
     async def close():
-        conn = await connect(database.url, timeout=WAIT, **OPTIONS)
+        conn = await connect(database.url, timeout=WAIT)
         conn._watch_for_writing(True)
         os.close(conn._fileno)
         conn.close()

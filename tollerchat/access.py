@@ -22,7 +22,6 @@ class Access:
     """
 
     def __init__(self, repository: Repository) -> None:
-        self._edition = 0  # counts what makes earlier answers stale
         self.remembers = False
         self._repository = repository
         self._known: set[Pair] = set()  # who may join
@@ -47,18 +46,17 @@ class Access:
     async def _ask(self, pairs: set[Pair]) -> dict[Pair, ChatError | None]:
         async with self._one_query:
             self._gathering = None
-            edition = self._edition
+            known = self._known  # another one, as soon as earlier answers are stale
             try:
                 refusals = await self._repository.refusals(pairs)
             except Unavailable as exc:
                 return dict.fromkeys(pairs, exc)
-        if self.remembers and edition == self._edition:
-            if len(self._known) > MAX_KNOWN:
-                self._known.clear()
-            self._known.update(pair for pair in pairs if refusals[pair] is None)
+        if self.remembers and known is self._known:
+            if len(known) > MAX_KNOWN:
+                known.clear()
+            known.update(pair for pair in pairs if refusals[pair] is None)
         return refusals
 
     def forget(self) -> None:
         """Somebody may have lost access."""
-        self._edition += 1
-        self._known.clear()
+        self._known = set()

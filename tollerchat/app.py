@@ -24,7 +24,6 @@ from tollerchat.writer import MessageWriter
 
 __all__ = (
     "RUNNER_OPTIONS",
-    "bus_key",
     "config_key",
     "create_app",
     "drain",
@@ -41,7 +40,6 @@ config_key = web.AppKey("config_key", Config)
 repository_key = web.AppKey("repository_key", Repository)
 hub_key = web.AppKey("hub_key", Hub)
 writer_key = web.AppKey("writer_key", MessageWriter)
-bus_key = web.AppKey("bus_key", PostgresBus)
 tasks_key = web.AppKey("tasks_key", list)  # which run for as long as the server
 
 HEALTH_TIMEOUT = 2.0  # seconds
@@ -98,7 +96,8 @@ def setup(app: web.Application, config: Config) -> None:
 
     Raises `ConfigError` where `db_url` or `jwt_secret` is missing.
     """
-    config.require()
+    config.require_db_url()
+    config.require_jwt_secret()
     hide_tokens()
     repository = Repository(config)
     hub = Hub(config, repository)
@@ -107,7 +106,6 @@ def setup(app: web.Application, config: Config) -> None:
     app[repository_key] = repository
     app[hub_key] = hub
     app[writer_key] = writer
-    app[bus_key] = PostgresBus(config, hub, repository)
     app[tasks_key] = []
     handler = ChatHandler(config, hub, writer)
     app.router.add_get("/ws/channel/{channel_id}", handler.serve_ws, allow_head=False)
@@ -131,7 +129,7 @@ async def _parts(app: web.Application) -> AsyncIterator[None]:
         works = (
             app[repository_key].watch.run,
             app[writer_key].run,
-            app[bus_key].run,
+            PostgresBus(app[config_key], app[hub_key], app[repository_key]).run,
             app[hub_key].keep_alive,
         )
         for work in works:

@@ -145,11 +145,6 @@ class Config:
                 values[field.name] = _parse(field.name.upper(), text, field.default)
         return cls(**values)
 
-    def require(self) -> None:
-        """Raise `ConfigError` unless both settings are there that have no default."""
-        self.require_db_url()
-        self.require_jwt_secret()
-
     def require_db_url(self) -> None:
         """Raise `ConfigError` without `db_url`."""
         if not self.db_url:

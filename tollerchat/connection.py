@@ -17,14 +17,14 @@ from psycopg2.extensions import POLL_OK, POLL_WRITE, make_dsn, parse_dsn
 
 from tollerchat.tasks import rest
 
-__all__ = ("FAILURES", "OPTIONS", "Connection", "ConnectionWatch", "connect", "distrust")
+__all__ = ("FAILURES", "Connection", "ConnectionWatch", "connect", "distrust")
 
 logger = logging.getLogger("tollerchat.connection")
 
 # AssertionError: aiopg, on a broken connection. RuntimeError: uvloop, on a descriptor reused too soon.
 FAILURES = (psycopg2.Error, OSError, asyncio.TimeoutError, AssertionError, RuntimeError)
 
-OPTIONS: Any = {
+_OPTIONS: Any = {
     "client_encoding": "utf8",
     # psycopg2's extra types would cost a query on each connect.
     "enable_json": False,
@@ -158,7 +158,7 @@ class Connection(aiopg.Connection):
 _answered: dict[str, dict[str, Any]] = {}  # dsn -> the address that answered last: others may be dead
 
 
-async def connect(dsn: str, *, timeout: float, **options: Any) -> Connection:
+async def connect(dsn: str, *, timeout: float) -> Connection:
     """Connect to the first address of the database that answers, within `timeout` seconds.
 
     libpq would look names up while the event loop stands still, and go from one address to the next on
@@ -172,7 +172,7 @@ async def connect(dsn: str, *, timeout: float, **options: Any) -> Connection:
         try:
             if (share := (end - loop.time()) / left) <= 0:
                 raise asyncio.TimeoutError
-            connection = Connection(make_dsn(**address), timeout, **options)
+            connection = Connection(make_dsn(**address), timeout, **_OPTIONS)
             await asyncio.wait_for(connection, share)
         except FAILURES:
             if left == 1:

@@ -8,7 +8,7 @@ from typing import Final
 import psycopg2
 
 from tollerchat.config import Config
-from tollerchat.connection import OPTIONS, Connection, ConnectionWatch, connect
+from tollerchat.connection import Connection, ConnectionWatch, connect
 from tollerchat.errors import ChatError, InvalidContent, NotFound, NotStored, Unavailable
 from tollerchat.logs import Seldom
 
@@ -51,7 +51,7 @@ _OF_ALL = ("PreCommit_Notify", "nextval_internal", "GetNewTransactionId", "GetNe
 
 async def open_connection(config: Config, watch: ConnectionWatch) -> Connection:
     """Connect, independently of the database's defaults. Raises one of `FAILURES`."""
-    connection = await connect(config.db_url, timeout=config.db_timeout, **OPTIONS)
+    connection = await connect(config.db_url, timeout=config.db_timeout)
     try:
         watch.add(connection)
         # Longer than we wait: it ends queries, and frees their connections, that nobody waits for any more.
@@ -107,9 +107,9 @@ def explain_refusal(exc: psycopg2.Error) -> ChatError:
     # Not the whole text, which may quote the message.
     name = exc.diag.constraint_name or exc.diag.column_name or ""
     logger.warning("the database refused a message: %s %s", exc.pgcode, name)
-    if isinstance(exc, psycopg2.errors.NotNullViolation):  # no message can have what ours never have
-        return NotStored("the database could not store the message")
-    if (exc.pgcode or "").startswith(_REFUSALS) or _is_of_policy(exc):
+    is_final = (exc.pgcode or "").startswith(_REFUSALS) or _is_of_policy(exc)
+    # No message can have what ours never have.
+    if is_final and not isinstance(exc, psycopg2.errors.NotNullViolation):
         return InvalidContent("the database refused the message")
     return NotStored("the database could not store the message")
 

@@ -7,7 +7,7 @@ outgoing frame), then handle it in `Client`.
 import json
 import re
 from enum import IntEnum
-from typing import Final
+from typing import Final, get_args
 
 import msgspec
 
@@ -55,7 +55,6 @@ PING_FRAME: Final = b"\x89\x00"
 
 class CloseCode(IntEnum):
     GOING_AWAY = 1001
-    TOO_LARGE = 1009
     INTERNAL_ERROR = 1011
     TOO_SLOW = 1013
     TOKEN_EXPIRED = 4401
@@ -101,7 +100,7 @@ class IncomingAuth(msgspec.Struct, tag="auth", gc=False):
 IncomingFrame = IncomingMessage | IncomingTyping | IncomingAuth
 
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
-_TYPES: Final = ("message", "typing", "auth")
+_TYPES: Final = tuple(frame.__struct_config__.tag for frame in get_args(IncomingFrame))
 _message_decoder = msgspec.json.Decoder(IncomingMessage)
 _decoder: msgspec.json.Decoder[IncomingFrame] = msgspec.json.Decoder(IncomingFrame)
 

@@ -301,13 +301,12 @@ def _results(
     for new, (message_id, unknown, created_at, old_content) in zip(batch, rows, strict=True):
         if unknown is not None:
             newest[new.channel_id] = unknown
-        if old_content is None:
-            stored = OutgoingMessage(new.content, new.user_id, new.channel_id, message_id, created_at)
-            results.append(Saved(stored, repeated=False, previous=newest[new.channel_id]))
-            newest[new.channel_id] = message_id
-        elif old_content == new.content:
-            stored = OutgoingMessage(new.content, new.user_id, new.channel_id, message_id, created_at)
-            results.append(Saved(stored, repeated=True, previous=0))
-        else:
+        repeated = old_content is not None
+        if repeated and old_content != new.content:
             results.append(NonceConflict("this nonce was used for a message with other content"))
+            continue
+        message = OutgoingMessage(new.content, new.user_id, new.channel_id, message_id, created_at)
+        results.append(Saved(message, repeated, previous=newest[new.channel_id]))
+        if not repeated:
+            newest[new.channel_id] = message_id
     return results

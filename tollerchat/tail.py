@@ -79,11 +79,6 @@ class Tail:
         self._since = None
         self.floor = self.head
 
-    def restart(self) -> None:
-        """The log begins again."""
-        self.head = 0
-        self.forget()
-
     def _keep(self, frames: Sequence[LogFrame], size: int) -> None:
         self._frames.extend(frames)
         self._size += size

@@ -26,16 +26,12 @@ class Turns:
         """Have `callback` called, soon."""
         self._waiting.append(callback)
         if not self._scheduled:
-            self._schedule()
-
-    def _schedule(self) -> None:
-        self._scheduled = True
-        if self._loop is None:  # to ask for it each time is a call of the system, before Python 3.12
-            self._loop = asyncio.get_running_loop()
-        self._loop.call_soon(self._run)
+            if self._loop is None:  # to ask for it each time is a call of the system, before Python 3.12
+                self._loop = asyncio.get_running_loop()
+            self._scheduled = True
+            self._loop.call_soon(self._run)
 
     def _run(self) -> None:
-        self._scheduled = False
         end = time.perf_counter() + BUDGET
         try:
             while self._waiting:
@@ -43,5 +39,6 @@ class Turns:
                 if time.perf_counter() >= end:
                     break
         finally:
-            if self._waiting and not self._scheduled:
-                self._schedule()
+            self._scheduled = bool(self._waiting)
+            if self._scheduled and self._loop is not None:
+                self._loop.call_soon(self._run)
