@@ -1,10 +1,12 @@
 """The web chat in a real browser: two pages chat with each other."""
 
+import dataclasses
 import shutil
 
 import pytest
 from playwright.async_api import async_playwright, expect
 
+from examples import mounted
 from tests.support import token
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -67,3 +69,45 @@ async def test_two_pages_chat(server, database):
             assert alice.problems == bob.problems == []
         finally:
             await browser.close()
+
+
+# The page is about:blank: of no origin, which browsers tell as "null".
+FROM_ANOTHER_ORIGIN = """async ([url, token]) => {
+    const { TollerChat } = await import(`${url}/static/tollerchat.js`);
+    const chat = new TollerChat({ channelId: 1, token, base: url });
+    const event = (type) => new Promise((resolve) => chat.addEventListener(type, resolve, { once: true }));
+    const ready = event("ready");
+    chat.connect();
+    await ready;
+    const acked = event("ack");
+    chat.send("hello");
+    await acked;
+    const failed = [];
+    chat.addEventListener("failed", ({ detail }) => failed.push(detail));
+    const ended = new Promise((resolve) =>
+        chat.addEventListener("state", ({ detail }) => detail.state === "signed-out" && resolve(detail.code)));
+    chat.send(" ");
+    chat.send("x".repeat(400));
+    const code = await ended;
+    const careful = new TollerChat({ channelId: 1, token, base: url, maxFrameBytes: 256 });
+    let refused;
+    try { careful.send("x".repeat(400)); } catch (error) { refused = error.name; }
+    return { code, refused, failed: failed.map(({ code, mayBeStored }) => [code, mayBeStored]) };
+}"""
+
+
+async def test_client_of_a_page_from_elsewhere_tells_what_may_be_stored(serve, config, database):
+    config = dataclasses.replace(config, allowed_origins=("null",), max_frame_size=256)
+    server = await serve(app=mounted.make_app(config), prefix="/chat")
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        try:
+            page = await browser.new_page()
+            assert await page.evaluate(FROM_ANOTHER_ORIGIN, [server.url, token(1)]) == {
+                "code": 1009,
+                "refused": "RangeError",
+                "failed": [["empty_content", False], ["1009", True]],
+            }
+        finally:
+            await browser.close()
+    assert database.contents() == ["hello"]

@@ -264,8 +264,9 @@ const handlers = {
     place(node);
   },
 
-  failed({ nonce, code, message }) {
-    setDelivery(outbox.get(nonce), "failed", `Not sent: ${message || code}.`);
+  failed({ nonce, code, message, mayBeStored }) {
+    const outcome = mayBeStored ? "Perhaps not sent" : "Not sent";
+    setDelivery(outbox.get(nonce), "failed", `${outcome}: ${message || code}.`);
     follow();
   },
 

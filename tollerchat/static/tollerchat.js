@@ -19,14 +19,17 @@
  *   reset    the newest messages were deleted, or all, and ids may start again: forget all; the last ones come again
  *   message  {message_id, user_id, channel_id, content, created_at, own}  own: same user, maybe another device
  *   ack      {nonce, content, message_id, created_at}  the message is stored
- *   failed   {nonce, content, code, message}  the message was refused and will not be sent again by itself
+ *   failed   {nonce, content, code, message, mayBeStored}  the message was refused and will not be sent again by
+ *            itself; where the connection ended for good instead, and its answer was lost, it may be stored
  *   typing   {user_id}
  *   error    {code, message}  an error that belongs to no message
  *
  * @typedef {"connecting"|"online"|"reconnecting"|"offline"|"signed-out"} State
+ *   "signed-out" is for good: `code` is 4401 where a new token will do, see setToken(); 4403 without access, 4404
+ *   without such a channel, or that of a frame the server could not take (docs/protocol.md, "Close codes").
  */
 
-export const MAX_FRAME_BYTES = 8192;
+const MAX_FRAME_BYTES = 8192;
 
 const PROTOCOL = "tollerchat.v1";
 const MAX_IN_FLIGHT = 8; // a long outbox must not look like a flood after a reconnect
@@ -52,8 +55,8 @@ const wellFormed = (text) => text.replace(/\p{Surrogate}/gu, "\ufffd");
 const messageFrame = (content, nonce) => JSON.stringify({ type: "message", content, nonce });
 
 /** How many bytes `content` is over what one frame can carry; 0 or less: it fits. */
-export function excessBytes(content) {
-  return new TextEncoder().encode(messageFrame(wellFormed(content), "0".repeat(32))).length - MAX_FRAME_BYTES;
+export function excessBytes(content, maxFrameBytes = MAX_FRAME_BYTES) {
+  return new TextEncoder().encode(messageFrame(wellFormed(content), "0".repeat(32))).length - maxFrameBytes;
 }
 
 /** The user id a JWT claims, or null. Unverified: good for display until the server says `ready`. */
@@ -68,12 +71,13 @@ export function userIdOf(token) {
 
 export class TollerChat extends EventTarget {
   #base;
+  #maxFrameBytes;
   #token;
   #socket = null;
   #started = false;
   #cursor = null; // last id received from the channel; null before the first connection got anything
   #resumedFrom = null;
-  #pending = new Map(); // nonce -> {content, inFlight}, in the order of sending
+  #pending = new Map(); // nonce -> {content, inFlight, mayBeStored}, in the order of sending
   #held = new Map(); // id -> own message that may be one of #pending whose ack was lost
   #reconnects = 0;
   #refusals = 0; // consecutive "try again later" answers to messages
@@ -84,14 +88,16 @@ export class TollerChat extends EventTarget {
    * @param {object} options
    * @param {number} options.channelId positive integer
    * @param {string} options.token JWT
-   * @param {string|URL} [options.base] where the server is mounted; default: the page's own address
+   * @param {string|URL} [options.base] where the server is mounted; default: the directory of the page
+   * @param {number} [options.maxFrameBytes] where the server has another MAX_FRAME_SIZE than 8192
    */
-  constructor({ channelId, token, base = document.baseURI }) {
+  constructor({ channelId, token, base, maxFrameBytes = MAX_FRAME_BYTES }) {
     super();
     if (!Number.isSafeInteger(channelId) || channelId < 1) throw new TypeError("channelId must be a positive integer");
     this.channelId = channelId;
     this.state = /** @type {State} */ ("connecting");
-    this.#base = base;
+    this.#base = base ? new URL(`${base}`.replace(/\/*$/, "/"), document.baseURI) : document.baseURI;
+    this.#maxFrameBytes = maxFrameBytes;
     this.#useToken(token);
   }
 
@@ -129,8 +135,9 @@ export class TollerChat extends EventTarget {
    * @throws {RangeError} content does not fit one frame
    */
   send(content, nonce = newNonce()) {
-    if (excessBytes(content) > 0) throw new RangeError(`content is ${excessBytes(content)} bytes too long`);
-    this.#pending.set(nonce, { content: wellFormed(content), inFlight: false });
+    const excess = excessBytes(content, this.#maxFrameBytes);
+    if (excess > 0) throw new RangeError(`content is ${excess} bytes too long`);
+    this.#pending.set(nonce, { content: wellFormed(content), inFlight: false, mayBeStored: false });
     this.#flush();
     return nonce;
   }
@@ -153,7 +160,7 @@ export class TollerChat extends EventTarget {
   }
 
   #useToken(token) {
-    if (!/^[\w.-]+$/.test(token)) throw new TypeError("token is not a JWT");
+    if (typeof token !== "string" || !/^[\w.-]+$/.test(token)) throw new TypeError("token is not a JWT");
     this.#token = token;
     this.userId = userIdOf(token);
   }
@@ -253,7 +260,7 @@ export class TollerChat extends EventTarget {
     this.close();
     this.#setState("signed-out", { code });
     if (code === TOKEN_EXPIRED) return; // the outbox waits for the new token
-    for (const nonce of [...this.#pending.keys()]) this.#fail(nonce, String(code), "the connection was closed");
+    for (const nonce of [...this.#pending.keys()]) this.#fail(nonce, String(code), "the connection ended for good");
   }
 
   #receive(frame) {
@@ -322,15 +329,18 @@ export class TollerChat extends EventTarget {
   #error({ code, message, nonce }) {
     const entry = this.#pending.get(nonce);
     if (!entry) return nonce ? undefined : this.#emit("error", { code, message });
-    if (!RETRY_ERRORS.has(code)) return this.#fail(nonce, code, message);
+    if (!RETRY_ERRORS.has(code)) {
+      entry.mayBeStored = false;
+      return this.#fail(nonce, code, message);
+    }
     entry.inFlight = false;
     // Until then nothing else is sent either, which keeps the order of messages.
     this.#timer("retry", () => this.#flush(true), 500 + jitter(Math.min(this.#refusals++, 5)));
   }
 
   #fail(nonce, code, message) {
-    const { content } = this.#pending.get(nonce);
-    this.#settle(nonce, "failed", { nonce, content, code, message });
+    const { content, mayBeStored } = this.#pending.get(nonce);
+    this.#settle(nonce, "failed", { nonce, content, code, message, mayBeStored });
   }
 
   #settle(nonce, type, detail) {
@@ -351,7 +361,7 @@ export class TollerChat extends EventTarget {
     for (const [nonce, entry] of this.#pending) {
       if (room-- === 0) break;
       if (entry.inFlight) continue;
-      entry.inFlight = true;
+      entry.inFlight = entry.mayBeStored = true;
       this.#socket.send(messageFrame(entry.content, nonce));
     }
     this.#watch();
