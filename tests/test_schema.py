@@ -2,15 +2,17 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import re
 import uuid
 
+import aiohttp
 import psycopg2
 import pytest
 
 from tests.faults import in_thread
 from tests.support import SEED_DDL, psql, until
-from tollerchat.database import read_schema
+from tollerchat.database import apply_schema, read_schema
 
 
 @pytest.fixture
@@ -196,6 +198,36 @@ def test_sequence_that_is_ahead_of_the_rows_stays_there(database):
     database.execute("DELETE FROM messages")
     database.execute(read_schema())
     assert database.insert("new") > gone
+
+
+@pytest.mark.parametrize("kind", ["int", "bigint"])
+async def test_tables_that_an_application_has_are_taken_also_in_a_schema_beside_others(
+    database, serve, config, kind
+):
+    """What README says of users, channels, and a table `messages` that is something else."""
+    database.execute(
+        f"""DROP SCHEMA public CASCADE; CREATE SCHEMA public; CREATE SCHEMA chat;
+        CREATE TABLE public.messages (subject text);
+        CREATE TABLE chat.users (id {kind} GENERATED ALWAYS AS IDENTITY PRIMARY KEY, email text);
+        CREATE TABLE chat.channels (id {kind} GENERATED ALWAYS AS IDENTITY PRIMARY KEY, title text)"""
+    )
+    config = dataclasses.replace(config, db_url=f"{config.db_url}&options=-csearch_path%3Dchat")
+    apply_schema(config.db_url)
+    database.execute(
+        """INSERT INTO chat.users (email) VALUES ('alice@chat.example'), ('bob@chat.example');
+        INSERT INTO chat.channels (title) VALUES ('general');
+        INSERT INTO chat.channels (title, is_private) VALUES ('team', true)"""
+    )
+    server = await serve(config)
+    alice, bob = await server.connect(1), await server.connect(2)
+    await alice.send("hello")
+    assert await bob.receive_contents(1) == ["hello"]
+    # From elsewhere, without the chat's schema in its path.
+    database.execute("INSERT INTO chat.messages (channel_id, user_id, content) VALUES (1, 1, 'a row')")
+    assert await bob.receive_contents(1) == ["a row"]
+    with pytest.raises(aiohttp.WSServerHandshakeError, match="403"):
+        await server.connect(1, 2)
+    assert database.execute("SELECT * FROM public.messages") == []
 
 
 def test_database_that_is_not_in_utf8_is_refused(database):
