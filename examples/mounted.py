@@ -22,4 +22,5 @@ def make_app(config: tollerchat.Config) -> web.Application:
 
 
 if __name__ == "__main__":
-    web.run_app(make_app(tollerchat.Config.from_env()), host="127.0.0.1", port=8080)
+    app = make_app(tollerchat.Config.from_env())
+    web.run_app(app, host="127.0.0.1", port=8080, **tollerchat.RUNNER_OPTIONS)

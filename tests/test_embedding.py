@@ -48,6 +48,24 @@ async def test_added_chat_works_beside_the_applications_own_routes(serve, config
     assert await alice.receive_contents(1) == await bob.receive_contents(1) == ["Lunch is ready"]
 
 
+async def test_message_that_cannot_be_posted_is_told_with_its_code(serve, config, database):
+    server = await serve(app=added.make_app(config))
+
+    async def announce(channel_id, text):
+        async with server.session.post(f"{server.url}/announce/{channel_id}", data=text) as response:
+            return response.status, (await response.json())["error"]
+
+    assert await announce(1, " ") == (400, "empty_content")
+    assert await announce(99, "hello") == (404, "not_found")
+    with pytest.raises(tollerchat.ChatError, match="lone surrogate"):
+        await tollerchat.post_message(server.app, 1, 1, "\ud800")
+    with pytest.raises(tollerchat.ChatError, match="nonce must be"):
+        await tollerchat.post_message(server.app, 1, 1, "hello", nonce="")
+    first = await tollerchat.post_message(server.app, 1, 1, "hello", nonce="n")
+    assert await tollerchat.post_message(server.app, 1, 1, "hello", nonce="n") == first
+    assert database.contents() == ["hello"]
+
+
 async def test_parents_access_log_has_no_token_either(serve, config, caplog):
     caplog.set_level(logging.INFO, "aiohttp.access")
     server = await serve(app=mounted.make_app(config), prefix="/chat")
@@ -119,6 +137,21 @@ async def test_application_that_was_shut_down_says_that_it_does_not_run_again(co
 )
 def test_string_is_not_taken_for_several(settings):
     with pytest.raises(tollerchat.ConfigError, match="must be a tuple of strings"):
+        tollerchat.Config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"db_url": None}, "DB_URL is of type NoneType: it must be of str"),
+        ({"jwt_secret": b"secret"}, "JWT_SECRET is of type bytes: it must be of str"),
+        ({"port": "8080"}, "PORT is of type str: it must be of int"),
+        ({"max_in_flight": 2.5}, "MAX_IN_FLIGHT is of type float: it must be of int"),
+        ({"ping_interval": "5"}, "PING_INTERVAL is of type str: it must be of float"),
+    ],
+)
+def test_setting_of_another_type_is_told_without_its_value(settings, problem):
+    with pytest.raises(tollerchat.ConfigError, match=f"^{problem}$"):
         tollerchat.Config(**settings)
 
 

@@ -2,13 +2,14 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import mimetypes
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from importlib import resources
 from typing import Any, Final
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from tollerchat.api import MessagesApi
 from tollerchat.bus import PostgresBus
@@ -18,7 +19,9 @@ from tollerchat.handler import ChatHandler
 from tollerchat.http import error_response
 from tollerchat.hub import Hub
 from tollerchat.logs import hide_tokens
+from tollerchat.protocol import OutgoingMessage, parse_message
 from tollerchat.repository import Repository
+from tollerchat.saving import NewMessage
 from tollerchat.tasks import end_tasks
 from tollerchat.writer import MessageWriter
 
@@ -28,6 +31,7 @@ __all__ = (
     "create_app",
     "drain",
     "hub_key",
+    "post_message",
     "repository_key",
     "setup",
     "tasks_key",
@@ -78,7 +82,8 @@ def create_app(config: Config) -> web.Application:
     async def file(request: web.Request) -> web.StreamResponse:
         if (content := files.get(name := request.match_info["name"])) is None:
             raise web.HTTPNotFound
-        return _file(name, content)
+        # Modules that any page may import: nothing in them is secret.
+        return _file(name, content, headers={hdrs.ACCESS_CONTROL_ALLOW_ORIGIN: "*"})
 
     app.router.add_get("/", page)
     app.router.add_get("", add_slash)  # where mounted: the page's links are relative to "/chat/", not "/chat"
@@ -86,7 +91,7 @@ def create_app(config: Config) -> web.Application:
     return app
 
 
-def _file(name: str, content: bytes, headers: Mapping[str, str] | None = None) -> web.Response:
+def _file(name: str, content: bytes, headers: Mapping[str, str]) -> web.Response:
     content_type = mimetypes.guess_type(name)[0]
     return web.Response(body=content, content_type=content_type, charset="utf-8", headers=headers)
 
@@ -119,6 +124,19 @@ def setup(app: web.Application, config: Config) -> None:
     app.cleanup_ctx.append(_parts)
     # Not in the context: a parent's contexts, which may own what we write to, are cleaned before ours.
     app.on_shutdown.append(drain)
+
+
+async def post_message(
+    app: web.Application, channel_id: int, user_id: int, content: str, nonce: str | None = None
+) -> OutgoingMessage:
+    """Store a message in the name of any user, and broadcast it to everybody in the channel; returns it as committed.
+
+    `app` is the one that `create_app` made, or `setup` was called with. Whether the user may join the channel is not
+    asked. Raises a `ChatError`, with the `code` of docs/protocol.md; where it is `unavailable`, only a message with a
+    `nonce` can be posted again without the risk that it is there twice.
+    """
+    new = parse_message(json.dumps({"content": content, "nonce": nonce}))
+    return await app[repository_key].save_message(NewMessage(channel_id, user_id, new.content, new.nonce))
 
 
 async def _parts(app: web.Application) -> AsyncIterator[None]:

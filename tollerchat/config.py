@@ -82,6 +82,11 @@ class Config:
             if isinstance(field.default, tuple):
                 self._take_several(field.name)
             value, low, high = getattr(self, field.name), field.metadata["low"], field.metadata["high"]
+            kind = type(field.default)
+            if not isinstance(value, (int, float) if kind is float else kind):
+                raise ConfigError(
+                    f"{field.name.upper()} is of type {type(value).__name__}: it must be of {kind.__name__}"
+                )
             if low is not None and not low <= value <= high:  # NaN is neither
                 raise ConfigError(f"{field.name.upper()} is {value}: it must be {low} to {high}")
         self._check_database()
@@ -125,7 +130,8 @@ class Config:
         for name in self.jwt_algorithms:
             if name not in known or name == "none":
                 raise ConfigError(
-                    f"JWT_ALGORITHMS has {name!r}: use one of {', '.join(sorted(set(known) - {'none'}))}"
+                    f"JWT_ALGORITHMS has {name!r}: use one of {', '.join(sorted(set(known) - {'none'}))} "
+                    "(more with pip install cryptography)"
                 )
             if self.jwt_secret:
                 try:
