@@ -89,7 +89,7 @@ def test_server_takes_as_many_descriptors_as_it_may():
 def test_token_that_the_server_would_refuse_is_not_made(arguments):
     result = run("token", *arguments, JWT_SECRET=SECRET)
     assert result.returncode == 2
-    assert "is not 1 to 2147483647" in result.stderr
+    assert "is not a whole number from 1 to 2147483647" in result.stderr
 
 
 def test_key_that_can_only_verify_is_told_when_it_shall_sign(monkeypatch):

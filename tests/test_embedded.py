@@ -68,10 +68,10 @@ def test_first_start_that_was_cut_off_does_not_matter(place):
     assert sorted(path.name for path in place.iterdir()) == ["lock", "postgres", "postgres.bak"]
 
 
-@pytest.mark.parametrize("pid", ["-8165", ""])
-def test_cluster_that_cannot_be_started_is_an_error_of_one_line(place, pid):
+@pytest.mark.parametrize(("version", "pid"), [("18\n", "-8165"), ("18\n", ""), ("", "1")])
+def test_cluster_that_cannot_be_started_is_an_error_of_one_line(place, version, pid):
     (place / "postgres").mkdir()
-    (place / "postgres/PG_VERSION").write_text("18\n")
+    (place / "postgres/PG_VERSION").write_text(version)
     (place / "postgres/postmaster.pid").write_text(pid)
     with pytest.raises(ConfigError, match=f"cannot use {place}.*set DATA_DIR") as info, run_postgres(place):
         pass

@@ -14,12 +14,12 @@ def record(text, at, *arguments):
     return record
 
 
-def test_same_message_is_logged_once_a_second_with_how_often_it_came():
+def test_same_message_is_logged_once_in_ten_seconds_with_how_often_it_came():
     seldom = Seldom()
     told = []
     for n in range(25):
         for text in ("user %d is bad", "channel %d is bad"):
-            if seldom.filter(each := record(text, 100 + n / 10, n)):
+            if seldom.filter(each := record(text, 100 + n, n)):
                 told.append(each.getMessage())
     assert told == [
         "user 0 is bad",

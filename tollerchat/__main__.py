@@ -4,8 +4,10 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import gc
 import logging
+import os
 import signal
 import sys
 from collections.abc import Coroutine
@@ -74,7 +76,7 @@ def _positive(text: str) -> int:
             return number
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"{text} is not 1 to {MAX_ID}")
+    raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to {MAX_ID}")
 
 
 def _with_secret(config: Config) -> Config:
@@ -137,8 +139,11 @@ async def _serve_until_stopped(config: Config, *, demo: bool) -> None:
         try:
             await site.start()
         except (OSError, UnicodeError) as exc:
+            number: int = getattr(exc, "errno", None) or 0
+            # asyncio's own text is a long one.
+            problem = os.strerror(number) if number in errno.errorcode else getattr(exc, "strerror", exc)
             raise ConfigError(
-                f"cannot listen on {config.host}:{config.port} ({getattr(exc, 'strerror', exc)}): set HOST and PORT"
+                f"cannot listen on {config.host}:{config.port} ({problem}): set HOST and PORT"
             ) from None
         base = f"http://{_netloc(runner)}"
         logger.info("listening on %s", base)

@@ -74,7 +74,7 @@ def explain(exc: Exception, conn: Connection | None) -> Unavailable:
         if isinstance(exc, psycopg2.errors.InsufficientPrivilege):
             return Unavailable("the server lacks a privilege in the database")
         return Unavailable("the database is not set up: run tollerchat init-db")
-    if has_answered(conn, exc):
+    if has_answered(conn, exc) or (conn is None and isinstance(exc, psycopg2.Error) and exc.pgcode):
         logger.warning("the database could not run a query: %s", reason(exc))
         return Unavailable("the database could not run the query")
     logger.warning("the database is not reachable: %s", reason(exc))
@@ -84,7 +84,8 @@ def explain(exc: Exception, conn: Connection | None) -> Unavailable:
 def reason(exc: BaseException) -> str:
     """A line for the log: what failed, without what was in the query."""
     primary = exc.diag.message_primary if isinstance(exc, psycopg2.Error) else None
-    return primary or str(exc).strip().partition("\n")[0] or type(exc).__name__
+    text = primary or str(exc).strip().partition("\n")[0] or type(exc).__name__
+    return f"{text}: run tollerchat init-db" if isinstance(exc, psycopg2.errors.UndefinedTable) else text
 
 
 def is_of_rows(exc: psycopg2.Error) -> bool:

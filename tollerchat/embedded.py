@@ -97,7 +97,7 @@ def _usable(data_dir: Path) -> Iterator[None]:
     """Raise `ConfigError` where a directory cannot be used, or PostgreSQL does not start there."""
     try:
         yield
-    except (AssertionError, OSError, RuntimeError, subprocess.SubprocessError) as exc:
+    except (AssertionError, OSError, RuntimeError, ValueError, subprocess.SubprocessError) as exc:
         raise ConfigError(
             f"the embedded PostgreSQL cannot use {data_dir}, see postgres/log there: set DATA_DIR to another directory, "
             f"or DB_URL ({type(exc).__name__}: {reason(exc)})"

@@ -4,6 +4,7 @@ import base64
 import binascii
 import contextlib
 import hashlib
+import logging
 from urllib.parse import urlsplit
 
 from aiohttp import HttpVersion11, hdrs, web
@@ -18,6 +19,7 @@ from tollerchat.errors import (
     Unauthorized,
     UpgradeRequired,
 )
+from tollerchat.logs import Seldom
 from tollerchat.protocol import MAX_BIGINT, MAX_ID, SUBPROTOCOL
 
 __all__ = (
@@ -30,6 +32,9 @@ __all__ = (
     "is_listed",
     "message_id_of",
 )
+
+logger = logging.getLogger("tollerchat.http")
+logger.addFilter(Seldom())  # anybody may try
 
 BEARER_PREFIX = "bearer."
 
@@ -122,6 +127,8 @@ def check_origin(request: web.Request, config: Config) -> None:
     with contextlib.suppress(ValueError):  # what is no URL is no origin of ours
         if not config.allowed_origins and urlsplit(origin).netloc == request.host:
             return
+    # Browsers do not show it to the page.
+    logger.warning("a page of %.100r may not connect: add its origin to ALLOWED_ORIGINS", origin)
     raise Forbidden(f"the origin {origin} is not allowed: add it to ALLOWED_ORIGINS")
 
 

@@ -50,9 +50,9 @@ def hide_tokens() -> None:
 
 
 class Seldom(logging.Filter):
-    """Lets the same message through once a second, and tells how often it was left out."""
+    """Lets the same message through once in ten seconds, and tells how often it was left out."""
 
-    INTERVAL = 1.0  # seconds
+    INTERVAL = 10.0  # seconds
 
     def __init__(self) -> None:
         super().__init__()

@@ -163,9 +163,9 @@ def _has_surrogate(text: str) -> bool:
 def _explain(exc: Exception, frame: object) -> ChatError:
     """What is wrong with a frame that did not fit its struct; `frame` is None if it is not even JSON."""
     if isinstance(exc, RecursionError):  # before all else: how deep json goes depends on Python's version
-        return InvalidJson("the frame is nested too deeply")
+        return InvalidJson("the JSON is nested too deeply")
     if frame is None:
-        return InvalidJson(f"the frame is not valid JSON: {exc}")
+        return InvalidJson(f"not valid JSON: {exc}")
     if not isinstance(frame, dict):
         return InvalidFrame("the frame must be a JSON object")
     if "type" not in frame:

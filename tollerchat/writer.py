@@ -201,7 +201,7 @@ class MessageWriter:
         except asyncio.TimeoutError:
             return [Unavailable("the server is shutting down", sent=True)] * len(messages)
         except Unavailable as exc:
-            logger.warning("%d messages are not stored yet: %s", len(messages), exc)
+            logger.warning("%d message(s) not stored yet: %s", len(messages), exc)
             return [exc] * len(messages)
         except Exception:
             logger.exception("%d messages could not be stored", len(messages))
