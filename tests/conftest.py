@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import sys
@@ -17,6 +18,7 @@ import pytest
 from tests.support import SECRET, Database, Server, Template, psql
 from tollerchat import Config
 from tollerchat.embedded import run_postgres
+from tollerchat.logs import Seldom
 
 CLUSTER_VARIABLE = "TOLLERCHAT_TEST_CLUSTER"
 
@@ -61,6 +63,15 @@ def pytest_asyncio_loop_factories(config, item):
     import uvloop
 
     return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_logged_before():
+    """What one test had logged must not be left out of the log of the next."""
+    for logger in logging.root.manager.loggerDict.values():
+        for each in getattr(logger, "filters", ()):
+            if isinstance(each, Seldom):
+                each.forget()
 
 
 @pytest.fixture(params=list(Template), ids=lambda template: template.value)

@@ -58,6 +58,10 @@ class Seldom(logging.Filter):
         super().__init__()
         self._said: dict[str, tuple[float, int]] = {}  # message without its arguments -> when, left out since
 
+    def forget(self) -> None:
+        """Let everything through once more."""
+        self._said.clear()
+
     def filter(self, record: logging.LogRecord) -> bool:
         said_at, left_out = self._said.get(record.msg, (0.0, 0))
         if 0 <= record.created - said_at < self.INTERVAL:
