@@ -9,11 +9,11 @@ import pytest
 
 from tests.support import SECRET, WAIT
 from tollerchat import Config
-from tollerchat import session as session_module
+from tollerchat import pool as pool_module
 from tollerchat.connection import ConnectionWatch
 from tollerchat.database import open_connection
 from tollerchat.errors import Unavailable
-from tollerchat.session import Sessions
+from tollerchat.pool import Pool
 
 
 async def nothing(connection):
@@ -21,43 +21,43 @@ async def nothing(connection):
 
 
 @pytest.fixture
-def sessions(database):
+def one(database):
     """One connection for all; nothing watches it, so its queries may take as long as they like."""
     config = Config(db_url=database.url, jwt_secret=SECRET, db_timeout=0.3)
-    with contextlib.closing(Sessions(config, ConnectionWatch(), 1, nothing)) as sessions:
-        yield sessions
+    with contextlib.closing(Pool(config, ConnectionWatch(), 1, nothing)) as one:
+        yield one
 
 
-def start(sessions, sql):
-    return asyncio.create_task(sessions.run(sql, None))
+def start(pool, sql):
+    return asyncio.create_task(pool.run(sql, None))
 
 
-async def test_queries_run_in_the_order_of_asking(sessions):
+async def test_queries_run_in_the_order_of_asking(one):
     done = []
-    tasks = [start(sessions, f"SELECT {n}") for n in range(20)]
+    tasks = [start(one, f"SELECT {n}") for n in range(20)]
     for task in tasks:
         task.add_done_callback(lambda task: done.append(task.result()[0][0]))
     await asyncio.wait_for(asyncio.gather(*tasks), WAIT)
     assert done == list(range(20))
 
 
-async def test_query_that_waits_too_long_is_refused_and_the_others_go_on(sessions):
-    first = start(sessions, "SELECT pg_sleep(0.6)")
+async def test_query_that_waits_too_long_is_refused_and_the_others_go_on(one):
+    first = start(one, "SELECT pg_sleep(0.6)")
     await asyncio.sleep(0)
     with pytest.raises(Unavailable, match="too many queries") as refused:
-        await asyncio.wait_for(sessions.run("SELECT 1", None), WAIT)
+        await asyncio.wait_for(one.run("SELECT 1", None), WAIT)
     assert not refused.value.sent
     await first
-    assert await sessions.run("SELECT 2", None) == [(2,)]
+    assert await one.run("SELECT 2", None) == [(2,)]
 
 
-async def test_one_that_gives_up_passes_its_turn_on(sessions):
-    first, second, third = (start(sessions, f"SELECT {n}") for n in (1, 2, 3))
+async def test_one_that_gives_up_passes_its_turn_on(one):
+    first, second, third = (start(one, f"SELECT {n}") for n in (1, 2, 3))
     first.add_done_callback(lambda _: second.cancel())  # it has its turn by now, and has not run yet
     await asyncio.wait([first, second, third], timeout=WAIT)
     assert second.cancelled()
     assert third.result() == [(3,)]
-    assert await sessions.run("SELECT 4", None) == [(4,)]
+    assert await one.run("SELECT 4", None) == [(4,)]
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def few_connections(monkeypatch):
         made.append(asyncio.ensure_future(open_connection(config, watch)))
         return await made[-1]
 
-    monkeypatch.setattr(session_module, "open_connection", open_some)
+    monkeypatch.setattr(pool_module, "open_connection", open_some)
     return few_connections
 
 
@@ -82,7 +82,7 @@ def few_connections(monkeypatch):
 def pool(database):
     """Four places for connections."""
     config = Config(db_url=database.url, jwt_secret=SECRET, db_timeout=5)
-    with contextlib.closing(Sessions(config, ConnectionWatch(), 4, nothing)) as pool:
+    with contextlib.closing(Pool(config, ConnectionWatch(), 4, nothing)) as pool:
         yield pool
 
 
@@ -99,7 +99,7 @@ async def test_where_connections_are_few_those_that_there_are_serve_all(pool, fe
 
 async def test_one_that_is_refused_is_given_a_connection_that_another_does_not_need(pool, few_connections):
     await asyncio.wait_for(asyncio.gather(start(pool, "SELECT 1"), start(pool, "SELECT 2")), WAIT)
-    others = Sessions(pool._config, ConnectionWatch(), 1, nothing, pool.spare)
+    others = Pool(pool._config, ConnectionWatch(), 1, nothing, pool.spare)
     with contextlib.closing(others):
         with pytest.raises(Unavailable):
             await others.run("SELECT 3", None)

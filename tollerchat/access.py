@@ -7,6 +7,7 @@ from typing import Final
 
 from tollerchat.errors import ChatError, Unavailable
 from tollerchat.repository import Repository
+from tollerchat.tasks import end_tasks
 
 __all__ = ("Access",)
 
@@ -56,6 +57,10 @@ class Access:
                 known.clear()
             known.update(pair for pair in pairs if refusals[pair] is None)
         return refusals
+
+    async def close(self) -> None:
+        """Ask no more; nobody waits for the answer."""
+        await end_tasks(self._asking)
 
     def forget(self) -> None:
         """Somebody may have lost access."""

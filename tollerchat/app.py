@@ -144,6 +144,7 @@ async def _parts(app: web.Application) -> AsyncIterator[None]:
         raise RuntimeError("this application was shut down: make another one")
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(app[repository_key].close)
+        stack.push_async_callback(app[hub_key].access.close)
         works = (
             app[repository_key].watch.run,
             app[writer_key].run,

@@ -146,10 +146,10 @@ class PostgresBus:
                 await self._try(self._hub.compare_with_log())
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(
-                        self._hub.in_doubt.wait(), PROBE_INTERVAL if known else RETRY_DELAY
+                        self._hub.compare_soon.wait(), PROBE_INTERVAL if known else RETRY_DELAY
                     )
                     await asyncio.sleep(DOUBT_DELAY)
-                self._hub.in_doubt.clear()
+                self._hub.compare_soon.clear()
         except _FAILURES as exc:
             logger.warning("a probe of the database failed: %s", reason(exc))
             connection.close()

@@ -30,7 +30,7 @@ class ConfigError(Exception):
 class ChatError(Exception):
     """A request or frame that is refused; `str()` is the message shown to the client."""
 
-    code: ClassVar[str] = "internal"
+    code: ClassVar[str]
     status: ClassVar[int] = 400
     nonce: str | None = None  # of the frame, where it was refused as such
 

@@ -1,4 +1,4 @@
-"""What all routes share: everything in a request is parsed here, and refusals become responses here."""
+"""What all routes share: how requests are read, and how refusals become responses."""
 
 import base64
 import binascii

@@ -29,12 +29,12 @@ PATIENCE = 0.8  # of the time for closing all connections; those that are left t
 
 
 class Hub:
-    """Who is connected to which channel. The lock guards `rooms`; nothing is awaited while it is held."""
+    """Who is connected to which channel. Who joins or leaves holds the lock; nothing is awaited meanwhile."""
 
     def __init__(self, config: Config, repository: Repository) -> None:
         self.rooms: dict[int, Room] = {}
         self.draining = False  # if true, nobody is let in any more
-        self.in_doubt = asyncio.Event()  # something may be in the log that nobody tells of: compare soon
+        self.compare_soon = asyncio.Event()  # something may be in the log that nobody tells of
         self.access = Access(repository)
         self._config = config
         self._repository = repository
@@ -101,11 +101,11 @@ class Hub:
     def broadcast(self, channel_id: int, messages: Sequence[Saved]) -> None:
         """Give committed messages, in the order of their batch, to the clients of the channel."""
         if room := self.rooms.get(channel_id):
-            was_doubtful = room.is_doubtful
+            was_suspect = room.is_suspect
             if not room.commit(messages):
                 self._restart()
-            elif room.is_doubtful and not was_doubtful:
-                self.in_doubt.set()
+            elif room.is_suspect and not was_suspect:
+                self.compare_soon.set()
 
     def hint(self, channel_id: int, message_id: int) -> None:
         """A server says that a channel's log has grown to `message_id`."""
@@ -113,7 +113,7 @@ class Hub:
         if room := self.rooms.get(channel_id):
             room.hint(message_id)
 
-    async def catch_up(self) -> None:
+    async def settle_acks(self) -> None:
         """Wait until the rooms have read what they know to be in the log, where acks stand behind it; and a little
         while for those who are behind their room.
         """
@@ -130,7 +130,7 @@ class Hub:
         async with self._asking:  # no answer shall overtake another one
             rooms = self.rooms.values()
             stored = max(self._told, *(room.stored for room in rooms), 0)
-            heads = {room.channel_id: MAX_BIGINT if room.is_doubtful else room.head for room in rooms}
+            heads = {room.channel_id: MAX_BIGINT if room.is_suspect else room.head for room in rooms}
             if await self._repository.ids_restarted(stored, heads):
                 self._restart()
         await self.compare(self.rooms)
@@ -140,8 +140,8 @@ class Hub:
         if ours := self.rooms.keys() & channel_ids:
             now = time.monotonic()
             # What was refused may be under way yet, for as long as a standby does not answer, say.
-            doubtful = [channel_id for channel_id in ours if self.rooms[channel_id].audience.doubts]
-            settled = await self._repository.unlocked(doubtful) if doubtful else ()
+            with_doubts = [channel_id for channel_id in ours if self.rooms[channel_id].audience.doubts]
+            settled = await self._repository.unlocked(with_doubts) if with_doubts else ()
             for channel_id, newest in (await self._repository.newest_ids(ours)).items():
                 if room := self.rooms.get(channel_id):
                     room.hint(newest)

@@ -1,4 +1,4 @@
-"""`Sessions`: connections to PostgreSQL that are made when needed, and kept, because statements are prepared on them."""
+"""`Pool`: connections to PostgreSQL that are made when needed, and kept, because statements are prepared on them."""
 
 import asyncio
 import logging
@@ -15,9 +15,9 @@ from tollerchat.database import explain, has_answered, open_connection, reason
 from tollerchat.errors import Unavailable
 from tollerchat.logs import Seldom
 
-__all__ = ("Sessions",)
+__all__ = ("Pool",)
 
-logger = logging.getLogger("tollerchat.session")
+logger = logging.getLogger("tollerchat.pool")
 logger.addFilter(Seldom())  # it may be about many at once
 
 RETRY_DELAY: Final = 5.0  # seconds, until one more connection is tried to be made after that failed
@@ -26,7 +26,7 @@ Prepare = Callable[[Connection], Awaitable[None]]
 Expects = Callable[[psycopg2.Error], bool]
 
 
-class Sessions:
+class Pool:
     """Runs queries, up to `size` at a time.
 
     `prepare` is for each new connection; it may raise one of `FAILURES`. `refused` is called where none can be made.
@@ -46,21 +46,21 @@ class Sessions:
         self._prepare = prepare
         self._refused = refused
         self._next_try = 0.0  # by time.monotonic(): to make one more connection, where there are some
-        self._sessions = [_Session() for _ in range(size)]
+        self._slots = [_Slot() for _ in range(size)]
         # The one that was used last is used next: its memory is warm, here and there.
-        self._idle = list(self._sessions)
-        self._waiting: deque[asyncio.Future[_Session]] = deque()  # for one that is idle
+        self._idle = list(self._slots)
+        self._waiting: deque[asyncio.Future[_Slot]] = deque()  # for one that is idle
         self._closed = False
 
     def close(self) -> None:
         """Close the connections, and make none any more."""
         self._closed = True
-        for session in self._sessions:
-            session.close()
+        for slot in self._slots:
+            slot.close()
 
     def spare(self) -> None:
         """Close an idle connection, so that others can have one, unless it is the last."""
-        if sum(session.is_connected for session in self._sessions) > 1 and (idle := self._connected_idle()):
+        if sum(slot.is_connected for slot in self._slots) > 1 and (idle := self._connected_idle()):
             idle.close()
             self._next_try = time.monotonic() + RETRY_DELAY
             self._pass_on(idle)
@@ -72,29 +72,29 @@ class Sessions:
 
         Raises `psycopg2.Error` where the database refuses it, and `expects` knows the error; else `Unavailable`.
         """
-        session = self._idle.pop() if self._idle else await self._next_idle()
+        slot = self._idle.pop() if self._idle else await self._next_idle()
         try:
-            while (connection := session.connection) is None or connection.closed:
-                session.connection = None
+            while (connection := slot.connection) is None or connection.closed:
+                slot.connection = None
                 if self._is_connected and time.monotonic() < self._next_try:
-                    session = await self._exchange(session)
+                    slot = await self._exchange(slot)
                 else:
-                    await self._connect_one_more(session)
+                    await self._connect_one_more(slot)
             return await connection.query(sql, parameters)
         except FAILURES as exc:
-            if has_answered(session.connection, exc):
+            if has_answered(slot.connection, exc):
                 if isinstance(exc, psycopg2.Error) and expects(exc):
                     raise
                 distrust(self._config.db_url)
-            unavailable = explain(exc, session.connection)
-            session.close()  # whatever its state is, and that of the prepared statements
+            unavailable = explain(exc, slot.connection)
+            slot.close()  # whatever its state is, and that of the prepared statements
             raise unavailable from exc
         finally:
-            self._pass_on(session)
+            self._pass_on(slot)
 
-    async def _next_idle(self) -> "_Session":
+    async def _next_idle(self) -> "_Slot":
         """Wait for one, in the order of asking, for no longer than a query may take."""
-        turn: asyncio.Future[_Session] = asyncio.get_running_loop().create_future()
+        turn: asyncio.Future[_Slot] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
             await asyncio.wait([turn], timeout=self._config.db_timeout)
@@ -106,16 +106,16 @@ class Sessions:
                 self._pass_on(turn.result())
             raise
 
-    async def _exchange(self, session: "_Session") -> "_Session":
-        """Another one for a session without a connection, most likely with one."""
+    async def _exchange(self, slot: "_Slot") -> "_Slot":
+        """Another one for a slot without a connection, most likely with one."""
         other = self._connected_idle() or await self._next_idle()
-        self._pass_on(session)
+        self._pass_on(slot)
         return other
 
-    async def _connect_one_more(self, session: "_Session") -> None:
-        """Connect a session, if that can be. Raises one of `FAILURES` where no session is connected."""
+    async def _connect_one_more(self, slot: "_Slot") -> None:
+        """Connect a slot, if that can be. Raises one of `FAILURES` where no slot is connected."""
         try:
-            session.connection = await self._connect()
+            slot.connection = await self._connect()
             self._next_try = 0.0
         except FAILURES as exc:
             if not self._is_connected:
@@ -128,24 +128,24 @@ class Sessions:
     @property
     def _is_connected(self) -> bool:
         """Whether there is a connection at all."""
-        return any(session.is_connected for session in self._sessions)
+        return any(slot.is_connected for slot in self._slots)
 
-    def _connected_idle(self) -> "_Session | None":
-        for session in reversed(self._idle):
-            if session.is_connected:
-                self._idle.remove(session)
-                return session
+    def _connected_idle(self) -> "_Slot | None":
+        for slot in reversed(self._idle):
+            if slot.is_connected:
+                self._idle.remove(slot)
+                return slot
         return None
 
-    def _pass_on(self, session: "_Session") -> None:
-        if not session.is_connected and self._is_connected:
-            self._idle.insert(0, session)  # the last to be used
+    def _pass_on(self, slot: "_Slot") -> None:
+        if not slot.is_connected and self._is_connected:
+            self._idle.insert(0, slot)  # the last to be used
             return
         while self._waiting:
             if not (turn := self._waiting.popleft()).done():  # else it has been given up
-                turn.set_result(session)
+                turn.set_result(slot)
                 return
-        self._idle.append(session)
+        self._idle.append(slot)
 
     async def _connect(self) -> Connection:
         if self._closed:
@@ -165,7 +165,7 @@ class Sessions:
         return connection
 
 
-class _Session:
+class _Slot:
     """A place for a connection."""
 
     def __init__(self) -> None:

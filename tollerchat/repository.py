@@ -12,9 +12,9 @@ from tollerchat.connection import Connection, ConnectionWatch
 from tollerchat.database import TIME_FORMAT
 from tollerchat.errors import ChatError, Forbidden, NotFound, Unavailable
 from tollerchat.logs import Seldom
+from tollerchat.pool import Pool
 from tollerchat.protocol import MAX_BIGINT, OutgoingMessage
 from tollerchat.saving import LOCK_KEY, NewMessage, Saver, SaveResult
-from tollerchat.session import Sessions
 
 __all__ = ("Repository",)
 
@@ -84,7 +84,7 @@ class Repository:
     def __init__(self, config: Config) -> None:
         self.watch = ConnectionWatch()
         # They connect when first used: a database that is away now may come back.
-        self._readers = Sessions(config, self.watch, config.db_pool_size, self._prepare)
+        self._readers = Pool(config, self.watch, config.db_pool_size, self._prepare)
         self._saver = Saver(config, self.watch, self._readers.spare)
         self._sequence_file: int | None = None
 

@@ -40,7 +40,7 @@ class Room:
         self.audience = Audience(channel_id)
         self.stored = 0  # the newest id of a message that this server stored, since ids started
         # A new message has an id that was passed before, and live clients did not get it: have ids gone back?
-        self.is_doubtful = False
+        self.is_suspect = False
         self.tail = Tail(history_size)  # of the log, up to what the live clients were given
         self._repository = repository
         self._history_size = history_size
@@ -137,7 +137,7 @@ class Room:
                     following.append(each.message)
                     head = message_id
                 elif message_id <= each.previous:
-                    self.is_doubtful = True
+                    self.is_suspect = True
         if following:
             self._extend(following)
         self._target = max(self._target, self._committed)
@@ -163,7 +163,7 @@ class Room:
         self._generation += 1
         self._is_stale = True
         self.stored = self._committed = self._heard = self._target = 0
-        self.is_doubtful = False
+        self.is_suspect = False
         self.tail.head = 0
         self.forget()
 

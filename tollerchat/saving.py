@@ -14,17 +14,18 @@ from tollerchat.config import Config
 from tollerchat.connection import Connection, ConnectionWatch
 from tollerchat.database import TIME_FORMAT, explain_refusal, is_of_rows
 from tollerchat.errors import ChannelLocked, ChatError, NonceConflict, Unavailable
+from tollerchat.pool import Pool
 from tollerchat.protocol import MAX_ID, OutgoingMessage
-from tollerchat.session import Sessions
 
-__all__ = ("LOCK_KEY", "SERVERS_KEY", "SESSIONS", "NewMessage", "SaveResult", "Saved", "Saver")
+__all__ = ("LANES", "LOCK_KEY", "SERVERS_KEY", "NewMessage", "SaveResult", "Saved", "Saver")
 
-SESSIONS: Final = 2  # how many batches can be stored at a time
+# Batches at a time: one with the database while one is delivered; or, of few messages, both with the database.
+LANES: Final = 2
 
 # First key of the advisory locks, the second is the channel ("toll" in ASCII; schema.sql has it too).
 LOCK_KEY = 0x746F6C6C
 
-# Of the lock under which servers tell that they listen (also in schema.sql).
+# Of the lock under which servers tell that they listen.
 SERVERS_KEY = LOCK_KEY + 1
 
 # One round trip for a batch, and one transaction: settings, if any; the locks, in sorted order; then, in a statement
@@ -145,7 +146,7 @@ class Saver:
         watch: ConnectionWatch,
         refused: Callable[[], None] = lambda: None,
     ) -> None:
-        self._sessions = Sessions(config, watch, SESSIONS, self._prepare, refused)
+        self._pool = Pool(config, watch, LANES, self._prepare, refused)
 
     @functools.cached_property
     def server_id(self) -> int:
@@ -157,7 +158,7 @@ class Saver:
 
     def close(self) -> None:
         """Close the connections, and make none any more."""
-        self._sessions.close()
+        self._pool.close()
 
     async def save(
         self,
@@ -272,7 +273,7 @@ class Saver:
 
     def _run(self, sql: str | bytes, parameters: Any = None) -> Awaitable[list[tuple[Any, ...]]]:
         """Run a query. Raises `psycopg2.Error` if it may be about single rows, else `Unavailable`."""
-        return self._sessions.run(sql, parameters, expects=is_of_rows)
+        return self._pool.run(sql, parameters, expects=is_of_rows)
 
     async def _prepare(self, connection: Connection) -> None:
         ((sequence,),) = await connection.query("SELECT pg_get_serial_sequence('messages', 'id')")

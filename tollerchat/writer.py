@@ -18,7 +18,7 @@ from tollerchat.hub import Hub
 from tollerchat.logs import Seldom
 from tollerchat.repository import Repository
 from tollerchat.room import Room
-from tollerchat.saving import SESSIONS, NewMessage, Saved, SaveResult
+from tollerchat.saving import LANES, NewMessage, Saved, SaveResult
 from tollerchat.tasks import end_tasks
 
 __all__ = ("MessageWriter", "Sender")
@@ -28,10 +28,7 @@ logger.addFilter(Seldom())  # it may be about many at once
 
 BATCH_MESSAGES: Final = 500
 BATCH_CHARACTERS: Final = 128 * 1024  # bounds the blob of one commit, and so the buffers of slow clients
-# Batches at a time: one with the database while one is delivered; or two with the database, if the first has but few
-# messages: larger ones would slow each other down.
-LANES: Final = SESSIONS
-FEW: Final = 4
+FEW: Final = 4  # messages; while more are with the database, nothing else is: it would slow them down
 GATHERING: Final = 0.25  # of the time that delivering took, to wait for more
 MIN_GATHERING: Final = 0.0005  # seconds; less is not worth a timer
 MAX_GATHERING: Final = 0.005
@@ -106,7 +103,7 @@ class MessageWriter:
         self._flushed = asyncio.get_running_loop().create_future()
         self._tell_if_idle()
         await self._flushed
-        await self._hub.catch_up()
+        await self._hub.settle_acks()
 
     async def run(self) -> None:
         """Store what is submitted, until cancelled."""
@@ -272,7 +269,7 @@ class MessageWriter:
                 senders[submission.sender] = None
                 continue
             if isinstance(result, Unavailable) and result.sent:
-                self._hub.in_doubt.set()  # it may be stored
+                self._hub.compare_soon.set()  # it may be stored
             if self._may_retry(submission, result):
                 self._parked.setdefault(submission.message.channel_id, []).append(submission)
                 self._count += 1
