@@ -9,8 +9,8 @@
  *     const nonce = chat.send("Hello");
  *
  * Every message of the channel is reported exactly once: as `message`, or, where this client sent it, as
- * `ack`. They come in the order of their ids, but for acks of messages that were sent again after a reconnect,
- * so order what you show by `message_id`.
+ * `ack`. They come in the order of their ids, but for what a reconnect has left open: acks of messages that were sent
+ * again, and messages of the same user with the same text. So order what you show by `message_id`.
  *
  * Events (`event.detail`):
  *   state    {state, code, retryAt}  see State; retryAt (ms, as Date.now) while a new attempt is waited for
@@ -73,11 +73,12 @@ export class TollerChat extends EventTarget {
   #base;
   #maxFrameBytes;
   #token;
+  #dialledWith = null; // the token that the connection was opened with
   #socket = null;
   #started = false;
   #cursor = null; // last id received from the channel; null before the first connection got anything
   #resumedFrom = null;
-  #pending = new Map(); // nonce -> {content, inFlight, mayBeStored}, in the order of sending
+  #pending = new Map(); // nonce -> {content, inFlight, mayBeStored, answerLost}, in the order of sending
   #held = new Map(); // id -> own message that may be one of #pending whose ack was lost
   #reconnects = 0;
   #refusals = 0; // consecutive "try again later" answers to messages
@@ -124,7 +125,7 @@ export class TollerChat extends EventTarget {
   setToken(token) {
     this.#useToken(token);
     if (this.state === "signed-out") this.connect();
-    else if (this.state === "online") this.#socket.send(JSON.stringify({ type: "auth", token }));
+    else if (this.state === "online") this.#extend();
   }
 
   /**
@@ -137,7 +138,7 @@ export class TollerChat extends EventTarget {
   send(content, nonce = newNonce()) {
     const excess = excessBytes(content, this.#maxFrameBytes);
     if (excess > 0) throw new RangeError(`content is ${excess} bytes too long`);
-    this.#pending.set(nonce, { content: wellFormed(content), inFlight: false, mayBeStored: false });
+    this.#pending.set(nonce, { content: wellFormed(content), inFlight: false, mayBeStored: false, answerLost: false });
     this.#flush();
     return nonce;
   }
@@ -165,10 +166,14 @@ export class TollerChat extends EventTarget {
     this.userId = userIdOf(token);
   }
 
-  #get(query) {
+  #extend() {
+    this.#socket.send(JSON.stringify({ type: "auth", token: this.#token }));
+  }
+
+  #get(query, signal) {
     const given = Object.entries(query).filter(([, value]) => value !== undefined);
     const url = new URL(`channels/${this.channelId}/messages?${new URLSearchParams(given)}`, this.#base);
-    return fetch(url, { headers: { Authorization: `Bearer ${this.#token}` } });
+    return fetch(url, { headers: { Authorization: `Bearer ${this.#token}` }, signal });
   }
 
   #emit(type, detail) {
@@ -190,6 +195,7 @@ export class TollerChat extends EventTarget {
     const url = new URL(`ws/channel/${this.channelId}`, this.#base);
     url.protocol = url.protocol.replace("http", "ws");
     this.#resumedFrom = this.#cursor;
+    this.#dialledWith = this.#token;
     if (this.#cursor !== null) url.searchParams.set("after", this.#cursor);
     // In a subprotocol the token stays out of URLs, and so out of logs.
     const socket = new WebSocket(url, [PROTOCOL, `bearer.${this.#token}`]);
@@ -207,7 +213,10 @@ export class TollerChat extends EventTarget {
     const socket = this.#socket;
     this.#socket = null;
     for (const name of Object.keys(this.#timers)) this.#timer(name, null);
-    for (const entry of this.#pending.values()) entry.inFlight = false;
+    for (const entry of this.#pending.values()) {
+      entry.inFlight = false;
+      entry.answerLost = entry.mayBeStored;
+    }
     socket?.close();
   }
 
@@ -223,17 +232,23 @@ export class TollerChat extends EventTarget {
       code = (await this.#whyRefused()) ?? code;
       if (this.#socket || !this.#started) return; // dialled or closed meanwhile
     }
-    if (FINAL_CODES.has(code)) this.#stop(code);
+    // The end of a token may cross with the next one on its way.
+    const isOutdated = code === TOKEN_EXPIRED && this.#token !== this.#dialledWith;
+    if (FINAL_CODES.has(code) && !isOutdated) this.#stop(code);
     else this.#reconnect(navigator.onLine ? jitter(this.#reconnects++) : MAX_DELAY_MS);
   }
 
   /** Browsers hide the status of a refused upgrade; the HTTP route has the same rules and tells. */
   async #whyRefused() {
+    const abort = new AbortController();
+    const timer = setTimeout(() => abort.abort(), SILENCE_MS);
     try {
-      const response = await this.#get({ limit: 1 });
+      const response = await this.#get({ limit: 1 }, abort.signal);
       return response.ok ? null : REFUSALS[(await response.json()).error.code];
     } catch {
-      return null; // unreachable, or not our server's answer
+      return null; // unreachable, or not our server's answer, or none
+    } finally {
+      clearTimeout(timer);
     }
   }
 
@@ -298,7 +313,7 @@ export class TollerChat extends EventTarget {
   }
 
   #awaits(content) {
-    return [...this.#pending.values()].some((entry) => entry.content === content);
+    return [...this.#pending.values()].some((entry) => entry.answerLost && entry.content === content);
   }
 
   #ready({ user_id, last_message_id, gap }) {
@@ -313,6 +328,7 @@ export class TollerChat extends EventTarget {
     this.#advance(last_message_id);
     this.#timer("stable", () => (this.#reconnects = 0), STABLE_MS);
     this.#setState("online");
+    if (this.#token !== this.#dialledWith) this.#extend();
     this.#emit("ready", { user_id, last_message_id, gap, after: this.#resumedFrom });
     this.#flush();
   }
