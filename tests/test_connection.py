@@ -48,6 +48,13 @@ async def test_answer_that_came_while_the_server_stood_still_is_read_before_its_
     await process.wait()
 
 
+@pytest.mark.parametrize(("asked", "attributes"), [("", "primary"), ("&target_session_attrs=any", "any")])
+async def test_standby_is_not_taken_for_the_database_unless_somebody_wants_that(database, asked, attributes):
+    """Its log may lag behind what is committed."""
+    with contextlib.closing(await connect(database.url + asked, timeout=WAIT)) as conn:
+        assert conn.raw.info.dsn_parameters["target_session_attrs"] == attributes
+
+
 def test_connection_whose_descriptor_is_closed_already_can_be_closed(database):
     """By libpq, while it was still sending; asyncio's loop complains of it, uvloop does not."""
 

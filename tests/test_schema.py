@@ -88,6 +88,27 @@ async def test_rows_without_user_or_time_are_readable(database, serve, config):
     assert (frame["content"], frame["user_id"], frame["created_at"][:4]) == ("bare", 0, "1970")
 
 
+@pytest.mark.parametrize(
+    ("time", "told"),
+    [
+        ("infinity", "9999-12-31T23:59:59.999999Z"),
+        ("12026-01-01 00:00+00", "9999-12-31T23:59:59.999999Z"),
+        ("0044-03-15 12:00+00 BC", "0001-01-01T00:00:00.000000Z"),
+        ("-infinity", "0001-01-01T00:00:00.000000Z"),
+        ("2024-05-06 07:08:09+02", "2024-05-06T05:08:09.000000Z"),
+        (None, "1970-01-01T00:00:00.000000Z"),
+    ],
+)
+async def test_times_that_rfc_3339_has_not_are_told_as_the_nearest_that_it_has(server, database, time, told):
+    sql = (
+        "INSERT INTO messages (channel_id, user_id, content, nonce, created_at) VALUES (1, 1, 'old', 'n', %s)"
+    )
+    database.execute(sql, time)
+    alice, (message,) = await server.join(1)
+    await alice.send("old", nonce="n")
+    assert message["created_at"] == (await alice.receive())["created_at"] == told
+
+
 def test_ids_ascend_in_commit_order_whoever_writes(database):
     """A transaction that took its id first but commits last gets a new one."""
     sql = "INSERT INTO messages (channel_id, user_id, content) VALUES (1, 1, %s) RETURNING id"

@@ -37,8 +37,14 @@ _OPTIONS: Any = {
 # Bytes of a query that the system takes at once; of a longer one, we must ask whether there is more to send.
 SENT_AT_ONCE: Final = 4096
 
-# Some are idle for hours, and what is between us and the database may forget them without a word.
-_KEEPALIVES: Final = {"keepalives_idle": "60", "keepalives_interval": "10", "keepalives_count": "3"}
+_DEFAULTS: Final = {
+    # Some are idle for hours, and what is between us and the database may forget them without a word.
+    "keepalives_idle": "60",
+    "keepalives_interval": "10",
+    "keepalives_count": "3",
+    # Of several hosts, a standby may answer first: its log lags behind what the others commit.
+    "target_session_attrs": "primary",
+}
 
 
 class Connection(aiopg.Connection):
@@ -185,7 +191,7 @@ async def connect(dsn: str, *, timeout: float) -> Connection:
 
 async def _addresses(dsn: str) -> list[dict[str, Any]]:
     """The parameters of a connection for each address of the database. Raises `OSError` if there is none."""
-    parameters = {**_KEEPALIVES, **parse_dsn(dsn)}
+    parameters = {**_DEFAULTS, **parse_dsn(dsn)}
     if "host" not in parameters or not parameters.keys().isdisjoint(("hostaddr", "service")):
         return [parameters]  # then it is libpq that knows
     addresses: list[dict[str, Any]] = []

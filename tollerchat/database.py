@@ -13,7 +13,7 @@ from tollerchat.errors import ChatError, InvalidContent, NotFound, NotStored, Un
 from tollerchat.logs import Seldom
 
 __all__ = (
-    "TIME_FORMAT",
+    "any_time",
     "apply_schema",
     "explain",
     "explain_refusal",
@@ -22,6 +22,7 @@ __all__ = (
     "open_connection",
     "read_schema",
     "reason",
+    "rfc3339",
 )
 
 logger = logging.getLogger("tollerchat.database")
@@ -34,8 +35,7 @@ _SETTINGS: Final = """
     SET enable_seqscan = off; SET enable_bitmapscan = off;
     SET statement_timeout = %s"""
 
-# RFC 3339; the time must be one in UTC.
-TIME_FORMAT: Final = """'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"""
+_TIME_FORMAT: Final = """'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"""
 
 # Errors that may be about a single row of a batch, by class (PostgreSQL's manual, appendix A). Some are final:
 # of data, constraints, routines, views, limits, triggers, policies.
@@ -47,6 +47,17 @@ _PASSING = ("40", "55", "57014", "XX")
 # Where errors come from that are of no row, whatever their class: the queue of notifications is full; ids of messages,
 # or of transactions, have run out.
 _OF_ALL = ("PreCommit_Notify", "nextval_internal", "GetNewTransactionId", "GetNewMultiXactId")
+
+
+def rfc3339(time: str) -> str:
+    """SQL for a timestamptz as RFC 3339 has it, in UTC."""
+    return f"to_char({time} AT TIME ZONE 'UTC', {_TIME_FORMAT})"
+
+
+def any_time(time: str) -> str:
+    """SQL for a timestamptz of somebody else, who may have given none, or one that RFC 3339 has not."""
+    return f"""least(greatest(coalesce({time}, 'epoch'), '0001-01-01 00:00:00+00'),
+        timestamptz '9999-12-31 23:59:59.999999+00')"""
 
 
 async def open_connection(config: Config, watch: ConnectionWatch) -> Connection:

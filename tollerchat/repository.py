@@ -9,7 +9,7 @@ import psycopg2
 
 from tollerchat.config import Config
 from tollerchat.connection import Connection, ConnectionWatch
-from tollerchat.database import TIME_FORMAT
+from tollerchat.database import any_time, rfc3339
 from tollerchat.errors import ChatError, Forbidden, NotFound, Unavailable
 from tollerchat.logs import Seldom
 from tollerchat.pool import Pool
@@ -21,9 +21,8 @@ __all__ = ("Repository",)
 logger = logging.getLogger("tollerchat.repository")
 logger.addFilter(Seldom())  # it is asked again and again
 
-# Rows that came from elsewhere may lack a user or a time: the seed's columns are nullable.
-_COLUMNS = f"""content, coalesce(user_id, 0), channel_id, id,
-    to_char(coalesce(created_at, 'epoch') AT TIME ZONE 'UTC', {TIME_FORMAT})"""
+# Rows that came from elsewhere may lack a user: the seed's column is nullable.
+_COLUMNS = f"content, coalesce(user_id, 0), channel_id, id, {rfc3339(any_time('created_at'))}"
 
 # Channels are compared and ordered by together with ids, although there is but one: else the planner may take the
 # index of ids alone, and go through the messages of all other channels for those of a quiet one.

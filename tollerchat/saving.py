@@ -12,7 +12,7 @@ import psycopg2
 
 from tollerchat.config import Config
 from tollerchat.connection import Connection, ConnectionWatch
-from tollerchat.database import TIME_FORMAT, explain_refusal, is_of_rows
+from tollerchat.database import any_time, explain_refusal, is_of_rows, rfc3339
 from tollerchat.errors import ChannelLocked, ChatError, NonceConflict, Unavailable
 from tollerchat.pool import Pool
 from tollerchat.protocol import MAX_ID, OutgoingMessage
@@ -96,8 +96,7 @@ _PREPARE = f"""
     )
     SELECT coalesce(id, old_id), unknown,
         CASE WHEN old_id IS NOT NULL
-            THEN to_char(old_created_at AT TIME ZONE 'UTC', {TIME_FORMAT})
-            ELSE (SELECT to_char(now AT TIME ZONE 'UTC', {TIME_FORMAT}) FROM moment) END,
+            THEN {rfc3339(any_time("old_created_at"))} ELSE (SELECT {rfc3339("now")} FROM moment) END,
         old_content
     FROM incoming, (SELECT count(*) FROM told) AS telling ORDER BY n;
     PREPARE tollerchat_save_one (int, int, text, text, bigint, int) AS
@@ -110,7 +109,7 @@ _PREPARE = f"""
                 {_OTHERS.format(told_by="$6")} LIMIT 1),
             ({_UNKNOWN.format(channel_id="$1", head="$5")})
         ),
-        to_char(created_at AT TIME ZONE 'UTC', {TIME_FORMAT})"""
+        {rfc3339("created_at")}"""
 
 
 class NewMessage(msgspec.Struct, gc=False):

@@ -138,7 +138,7 @@ CREATE INDEX IF NOT EXISTS channel_users_user_id_idx ON channel_users (user_id);
 
 -- Order: within one channel, ids are handed out in commit order, so that "everything after id N" is complete.
 -- The server holds a channel's lock before it takes an id (and says so by this setting, to save the trigger);
--- every other writer gets both here: the lock, and then a new id. The one it has may be too small by now, and
+-- every other writer, a trigger of somebody's too, gets both here: the lock, and then a new id. The one it has may be too small by now, and
 -- a transaction whose snapshot is older than the lock could not tell; sequences do not mind snapshots.
 -- All servers are told, once for each channel and transaction: PostgreSQL drops what a transaction notifies again.
 CREATE OR REPLACE FUNCTION tollerchat_order() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -150,7 +150,7 @@ BEGIN
 END $$;
 
 CREATE OR REPLACE TRIGGER tollerchat_order BEFORE INSERT ON messages
-    FOR EACH ROW WHEN (current_setting('tollerchat.writer', true) IS DISTINCT FROM 'on')
+    FOR EACH ROW WHEN (current_setting('tollerchat.writer', true) IS DISTINCT FROM 'on' OR pg_trigger_depth() > 0)
     EXECUTE FUNCTION tollerchat_order();
 
 -- Notifications: hints to every server process. Payload: a verb and its arguments, see tollerchat/bus.py.
