@@ -56,6 +56,13 @@ def test_printed_token_is_accepted_until_its_time_is_over():
     assert verify_token(result.stdout.strip(), Config(jwt_secret=SECRET)).user_id == 7
 
 
+def test_token_without_a_secret_of_ones_own_says_whose_it_is(tmp_path):
+    result = run("token", "--user", "7", DATA_DIR=str(tmp_path))
+    secret = (tmp_path / "jwt_secret").read_text()
+    assert verify_token(result.stdout.strip(), Config(jwt_secret=secret)).user_id == 7
+    assert result.stderr == f"tollerchat: signed with the secret of {tmp_path}\n"
+
+
 def test_init_db_upgrades_the_originals_tables_and_may_be_repeated(database):
     database.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
     database.execute(SEED_DDL)

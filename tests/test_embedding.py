@@ -155,5 +155,24 @@ def test_setting_of_another_type_is_told_without_its_value(settings, problem):
         tollerchat.Config(**settings)
 
 
+def test_origin_is_taken_as_browsers_send_it():
+    given = (
+        "https://Chat.Example",
+        "https://a.example:443",
+        "http://a.example:80",
+        "http://a.example:443",
+        "*",
+        "null",
+    )
+    assert tollerchat.Config(allowed_origins=given).allowed_origins == (
+        "https://chat.example",
+        "https://a.example",
+        "http://a.example",
+        "http://a.example:443",
+        "*",
+        "null",
+    )
+
+
 def test_list_is_taken_for_a_tuple():
     assert tollerchat.Config(jwt_algorithms=["HS256"]).jwt_algorithms == ("HS256",)

@@ -302,7 +302,8 @@ async def test_address_that_does_not_answer_is_waited_for_once(serve, database):
             port, name = re.search(r":(\d+)/(\w+)", proxy.url).groups()
             ports = f"{silent.getsockname()[1]},{port}"
             db_url = f"postgresql://postgres@/{name}?host=127.0.0.1,127.0.0.1&port={ports}"
-            server = await serve(Config(db_url=db_url, jwt_secret=SECRET, db_timeout=2))
+            # Half of it is for the address that does not answer.
+            server = await serve(Config(db_url=db_url, jwt_secret=SECRET, db_timeout=5))
             alice, _ = await server.join(1)
             await alice.send_frame(message("first"))
             await answers(alice, 1)
@@ -314,7 +315,7 @@ async def test_address_that_does_not_answer_is_waited_for_once(serve, database):
                 start = time.monotonic()
                 await alice.send_frame(message(f"{n}"))
                 assert len(await answers(alice, 1)) == 1
-                assert time.monotonic() - start < 0.8
+                assert time.monotonic() - start < 2
 
 
 async def test_first_address_is_asked_again_when_the_second_does_not_serve(serve, database):

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = Config.from_env()
         if arguments.command == "token":
-            print(issue_token(arguments.user, _with_secret(config), ttl=arguments.ttl))
+            _print_token(config, arguments.user, arguments.ttl)
         elif arguments.command == "init-db":
             _init_db(config)
         else:
@@ -85,6 +85,13 @@ def _with_secret(config: Config) -> Config:
         return dataclasses.replace(config, jwt_secret=keep_secret(Path(config.data_dir)))
     config.require_jwt_secret()
     return config
+
+
+def _print_token(config: Config, user_id: int, ttl: int) -> None:
+    token = issue_token(user_id, _with_secret(config), ttl=ttl)
+    if not config.jwt_secret:  # it may be meant for a server that has another one
+        print(f"tollerchat: signed with the secret of {config.data_dir}", file=sys.stderr)
+    print(token)
 
 
 def _init_db(config: Config) -> None:

@@ -14,7 +14,8 @@ from tollerchat.errors import ConfigError
 __all__ = ("Config",)
 
 # What browsers send of a page (RFC 6454, section 6.2).
-_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\s]+")
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 
 def _setting(
@@ -107,10 +108,12 @@ class Config:
 
     def _check_origins(self) -> None:
         for origin in self.allowed_origins:
-            if not _ORIGIN.fullmatch(origin):
+            if not _ORIGIN.fullmatch(origin.lower()):
                 raise ConfigError(
-                    f"ALLOWED_ORIGINS has {origin!r}: it must be like https://chat.example.com, without a path, or *"
+                    f"ALLOWED_ORIGINS has {origin!r}: it must be like https://chat.example.com, without a path, or *; "
+                    "several are separated by commas"
                 )
+        object.__setattr__(self, "allowed_origins", tuple(map(_as_browsers_send_it, self.allowed_origins)))
 
     def _check_database(self) -> None:
         try:
@@ -160,6 +163,11 @@ class Config:
         """Raise `ConfigError` without `jwt_secret`."""
         if not self.jwt_secret:
             raise ConfigError('JWT_SECRET is not set: export JWT_SECRET="$(openssl rand -hex 32)"')
+
+
+def _as_browsers_send_it(origin: str) -> str:
+    scheme = (origin := origin.lower()).partition(":")[0]
+    return origin.removesuffix(_DEFAULT_PORTS.get(scheme, "/"))
 
 
 def _parse(name: str, text: str, default: object) -> object:

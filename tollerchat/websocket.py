@@ -174,7 +174,8 @@ class WebSocket(asyncio.Protocol):
     def fail(self, error: BaseException) -> None:
         """A frame could not be parsed, or not be dealt with: nothing more will be."""
         if isinstance(error, WebSocketError):
-            self.close(error.code, str(error))
+            is_large = error.code == WSCloseCode.MESSAGE_TOO_BIG  # of which aiohttp's text is off by one
+            self.close(error.code, "the frame is too large" if is_large else str(error))
         else:
             logger.error("a frame could not be dealt with", exc_info=error)
             self.close(CloseCode.INTERNAL_ERROR, "internal error")
