@@ -23,7 +23,12 @@ class Outbox:
     """The messages that one connection sent: their answers, and which of the log's it is not to be sent.
 
     An ack stands where its message would, were it another's: behind all that is before it in the log.
-    To the `MessageWriter`, it is their sender.
+    To the `MessageWriter`, it is their sender. A message is
+
+    - in flight: counted, and among the `unsettled` if it has a nonce;
+    - then stored: its id is among its `own`, and its ack waits, until the cursor reaches it;
+    - or refused, and among the `doubts` where it may be stored all the same, to be recognised if it comes up;
+    - or not taken: then its refusal is late, behind the answers to those before.
     """
 
     __slots__ = (

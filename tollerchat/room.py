@@ -38,25 +38,28 @@ class Room:
     def __init__(self, channel_id: int, repository: Repository, history_size: int) -> None:
         self.channel_id = channel_id
         self.audience = Audience(channel_id)
-        self.stored = 0  # the newest id of a message that this server stored, since ids started
-        # A new message has an id that was passed before, and live clients did not get it: have ids gone back?
-        self.is_suspect = False
         self.tail = Tail(history_size)  # of the log, up to what the live clients were given
         self._repository = repository
         self._history_size = history_size
         self._loaded = False
-        self._edition = 0  # counts what makes earlier readings of the log stale
         self._loading: asyncio.Task[None] | None = None
-        self.catching_up: asyncio.Task[None] | None = None  # while the log is being read
-        self._progress: asyncio.Future[None] | None = None  # for those who wait in reach()
-        self._is_committing = False  # there is one commit at a time: the writer has a channel in one batch
+        # The commit in flight: one at a time, because the writer has a channel in one batch.
+        self._is_committing = False
         self._is_spoilt = False  # something was forgotten since it began, which may be in it
         self._is_stale = True  # it did not begin here, or the log has started again since
         self._commits_ended = 0
-        self._generation = 0  # counts restarts
-        self._committed = 0  # the newest id that a commit of this server has told
-        self._heard = 0  # the newest id announced by anybody
-        self._target = 0  # the newest id that the room may read from the log
+        # What is known to be in the log, each the newest id.
+        self.stored = 0  # by this server, since ids started
+        self._committed = 0  # told by a commit of this server, also of what it found there
+        self._heard = 0  # announced by anybody
+        self._target = 0  # that may be read from the log; if not beyond the head, there is nothing to read
+        # A new message has an id that was passed before, and live clients did not get it: have ids gone back?
+        self.is_suspect = False
+        # Reading it.
+        self.catching_up: asyncio.Task[None] | None = None
+        self._edition = 0  # counts deletions, and all else that makes earlier readings stale
+        self._generation = 0  # counts restarts: earlier readings are of a log that is gone
+        self._progress: asyncio.Future[None] | None = None  # for those who wait in reach()
         self._readings = 0  # how often it began to
         self._read_to = (0, 0)  # which reading found nothing up to which id
 

@@ -54,6 +54,10 @@ class WebSocket(asyncio.Protocol):
 
     aiohttp would keep the request, its parser and two tasks for as long as the connection is open, and
     switch tasks for each frame. Without them, an idle connection is a transport, this and its `FrameReader`.
+
+    What stops it: `full`, its peer reads too slowly, so that live delivery ends; `busy`, its owner has enough to do, so
+    that no frame is taken; `paused`, too much waits to be parsed, so that nothing is read. At the end it is `deaf`
+    first, from the first close frame of either side, and takes no more frames; `closing`, and writes no more; then lost.
     """
 
     __slots__ = (
