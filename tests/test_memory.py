@@ -24,22 +24,26 @@ def without_collector():
     gc.enable()
 
 
-def alive():
-    return sum(isinstance(each, PARTS) for each in gc.get_objects())
+def parts():
+    return [each for each in gc.get_objects() if isinstance(each, PARTS)]
 
 
 @pytest.mark.parametrize("ending", ["handshake", "cut"])
 async def test_memory_of_a_connection_is_free_at_once(server, ending, without_collector):
     rooms = server.app[hub_key].rooms
-    before = alive()
+    before = {id(each): each for each in parts()}  # of other tests: kept, so that none of them goes meanwhile
+
+    def left():
+        return any(id(each) not in before for each in parts())
+
     for user_id in (1, 2):
         chatter, _ = await server.join(user_id, 1)
         await chatter.send("hello")
         assert (await chatter.receive())["type"] == "ack"
-        assert alive() > before
+        assert left()
         if ending == "handshake":
             await chatter.socket.close()
         else:
             chatter.socket._response.connection.transport.abort()
         await until(lambda: not rooms)
-    await until(lambda: alive() == before)
+    await until(lambda: not left())
