@@ -8,7 +8,6 @@ const log = $("log");
 const composer = $("composer");
 
 const TYPING_SHOWN_MS = 3_000;
-const HISTORY_SIZE = 50; // what the server sends on connect; fewer means there is nothing older
 
 const STATES = { connecting: "Connecting…", online: "Online", reconnecting: "Reconnecting", offline: "Offline", "signed-out": "Signed out" };
 const SIGNED_OUT = {
@@ -44,7 +43,10 @@ function start() {
   $("title").textContent = document.title = `Channel ${channelId}`;
   for (const [type, handle] of Object.entries(handlers)) chat.addEventListener(type, ({ detail }) => handle(detail));
   showUser();
-  for (const { nonce, content } of savedOutbox()) sendAs(content, nonce);
+  for (const { nonce, content, failure } of savedOutbox()) {
+    if (failure) showFailed(nonce, waitingNode(nonce, content), failure); // it is not sent again by itself
+    else sendAs(content, nonce);
+  }
   chat.connect();
   composer.focus();
 }
@@ -55,10 +57,11 @@ function showUser() {
 
 function askForToken(reason = "") {
   $("join-reason").textContent = reason;
+  $("join-cancel").hidden = !chat; // behind it is nothing to go back to
+  if ($("join").open) return; // somebody may be writing in it
   $("join-channel").value = sessionStorage.getItem("tollerchat.channel") ?? "1";
   $("join-token").value = $("join-error").textContent = "";
-  $("join-cancel").hidden = !chat; // behind it is nothing to go back to
-  if (!$("join").open) $("join").showModal();
+  $("join").showModal();
   $("join-token").focus();
 }
 
@@ -73,7 +76,7 @@ addEventListener("hashchange", () => location.reload()); // another link opened 
 $("join-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const channel = $("join-channel").value;
-  const token = $("join-token").value.trim();
+  const token = $("join-token").value.replace(/\s/g, ""); // terminals wrap lines
   const userId = userIdOf(token);
   if (!userId) {
     $("join-error").textContent = "This is not a token: it should be three parts joined by dots, without spaces.";
@@ -98,19 +101,40 @@ function savedOutbox() {
 }
 
 function saveOutbox() {
-  const waiting = [...outbox].map(([nonce, node]) => ({ nonce, content: node.message.content }));
-  sessionStorage.setItem(outboxKey(), JSON.stringify(waiting));
+  const waiting = [...outbox].map(([nonce, node]) => ({ nonce, content: node.message.content, failure: node.failure }));
+  try {
+    sessionStorage.setItem(outboxKey(), JSON.stringify(waiting));
+  } catch {
+    // Full: these will not outlive a reload.
+  }
 }
 
+function waitingNode(nonce, content) {
+  if (!outbox.has(nonce)) outbox.set(nonce, messageNode({ content, user_id: chat.userId, created_at: new Date(), own: true }));
+  return outbox.get(nonce);
+}
+
+function showFailed(nonce, node, failure) {
+  node.failure = failure;
+  setDelivery(node, "failed", failure);
+  saveOutbox();
+  place(node);
+}
+
+/** Returns whether it is on its way: not without a token that does. */
 function sendAs(content, nonce) {
-  const name = chat.send(content, nonce);
-  const node = outbox.get(name) ?? messageNode({ content, user_id: chat.userId, created_at: new Date(), own: true });
+  if (chat.state === "signed-out") {
+    askForToken($("join-reason").textContent);
+    return false;
+  }
+  const node = waitingNode(chat.send(content, nonce), content);
+  node.failure = undefined;
   setDelivery(node, "sending");
-  outbox.set(name, node);
   saveOutbox();
   place(node);
   $("empty").hidden = true;
   toBottom();
+  return true;
 }
 
 // --- Messages.
@@ -127,6 +151,14 @@ log.addEventListener("click", ({ target }) => {
 let earliest = Infinity;
 const shown = (id) => log.querySelector(`[data-message-id="${id}"]`);
 const announceSoon = () => setTimeout(() => log.setAttribute("aria-live", "polite"), 500);
+
+let asked = false;
+async function offerEarlier() {
+  asked = true;
+  const before = earliest;
+  const { messages } = await chat.history({ before, limit: 1 }).catch(() => ({ messages: [null] })); // perhaps
+  if (messages.length && asked && before === earliest) log.prepend(earlier);
+}
 
 const earlier = make("button", "quiet earlier", "Earlier messages");
 earlier.type = "button";
@@ -228,20 +260,21 @@ const handlers = {
     showUser();
     if (gap) {
       const lost = make("p", "notice", "Some messages from while you were away are not shown. Reload to see the newest.");
-      if (shown(after)) shown(after).after(lost);
-      else log.prepend(lost);
+      lost.dataset.after = after;
+      place(lost);
     }
-    if (after === null && log.querySelectorAll(".message").length >= HISTORY_SIZE) log.prepend(earlier);
+    if (!asked && earliest < Infinity) offerEarlier();
     $("empty").hidden = log.querySelector(".message") !== null;
     announceSoon();
   },
 
   reset() {
     earliest = Infinity;
+    asked = false;
     earlier.remove();
     log.setAttribute("aria-live", "off"); // what comes again is not news
     countUnseen(0);
-    for (const node of log.querySelectorAll(".message[data-message-id]")) node.remove();
+    for (const node of log.querySelectorAll(".message[data-message-id], .notice")) node.remove();
   },
 
   message(message) {
@@ -266,7 +299,7 @@ const handlers = {
 
   failed({ nonce, code, message, mayBeStored }) {
     const outcome = mayBeStored ? "Perhaps not sent" : "Not sent";
-    setDelivery(outbox.get(nonce), "failed", `${outcome}: ${message || code}.`);
+    showFailed(nonce, outbox.get(nonce), `${outcome}: ${message || code}.`);
     follow();
   },
 
@@ -304,8 +337,7 @@ composer.addEventListener("keydown", (event) => {
 $("write").addEventListener("submit", (event) => {
   event.preventDefault();
   measure();
-  if (!$("send").disabled) {
-    sendAs(composer.value);
+  if (!$("send").disabled && sendAs(composer.value)) {
     composer.value = "";
     measure();
   }

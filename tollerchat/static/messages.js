@@ -51,8 +51,8 @@ export function setDelivery(node, state, reason = "") {
   failure.append(" ", retry);
 }
 
-/** What is not a message (a notice, a button) is passed by nothing. */
-const idOf = ({ message }) => (message ? message.message_id ?? Infinity : 0);
+/** A notice stands behind the message it is about; a button is passed by nothing. */
+const idOf = ({ message, dataset }) => (message ? message.message_id ?? Infinity : Number(dataset.after ?? 0));
 
 /** Messages stand in the order of their ids; what has none yet stands last. */
 export function place(node) {

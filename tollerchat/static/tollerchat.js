@@ -34,6 +34,7 @@ const MAX_FRAME_BYTES = 8192;
 const PROTOCOL = "tollerchat.v1";
 const MAX_IN_FLIGHT = 8; // a long outbox must not look like a flood after a reconnect
 const SILENCE_MS = 15_000; // waiting for the server this long without a single frame: the link is dead
+const IDLE_MS = 60_000; // without a single frame; then the server is asked for one
 const STABLE_MS = 10_000; // a connection this old resets the reconnect delay
 const MAX_DELAY_MS = 30_000;
 const TYPING_MS = 1_000;
@@ -77,6 +78,7 @@ export class TollerChat extends EventTarget {
   #socket = null;
   #started = false;
   #cursor = null; // last id received from the channel; null before the first connection got anything
+  #anchor = null; // when the message of that id was created: ids may start again meanwhile
   #resumedFrom = null;
   #pending = new Map(); // nonce -> {content, inFlight, mayBeStored, answerLost}, in the order of sending
   #held = new Map(); // id -> own message that may be one of #pending whose ack was lost
@@ -121,7 +123,7 @@ export class TollerChat extends EventTarget {
     this.state = "offline"; // no event: the caller knows
   }
 
-  /** Replace the token: extends the running session, or ends being signed out. */
+  /** Replace the token by another one of the same user: extends the running session, or ends being signed out. */
   setToken(token) {
     this.#useToken(token);
     if (this.state === "signed-out") this.connect();
@@ -135,10 +137,12 @@ export class TollerChat extends EventTarget {
    * @returns {string} the nonce that `ack` or `failed` will carry
    * @throws {RangeError} content does not fit one frame
    */
-  send(content, nonce = newNonce()) {
+  send(content, nonce) {
+    const again = nonce !== undefined; // then it may be in the log already
+    nonce ??= newNonce();
     const excess = excessBytes(content, this.#maxFrameBytes);
     if (excess > 0) throw new RangeError(`content is ${excess} bytes too long`);
-    this.#pending.set(nonce, { content: wellFormed(content), inFlight: false, mayBeStored: false, answerLost: false });
+    this.#pending.set(nonce, { content: wellFormed(content), inFlight: false, mayBeStored: again, answerLost: again });
     this.#flush();
     return nonce;
   }
@@ -162,8 +166,10 @@ export class TollerChat extends EventTarget {
 
   #useToken(token) {
     if (typeof token !== "string" || !/^[\w.-]+$/.test(token)) throw new TypeError("token is not a JWT");
+    const userId = userIdOf(token);
+    if (userId && this.userId && userId !== this.userId) throw new TypeError("token is of another user");
     this.#token = token;
-    this.userId = userIdOf(token);
+    this.userId = userId ?? this.userId ?? null;
   }
 
   #extend() {
@@ -191,12 +197,13 @@ export class TollerChat extends EventTarget {
   }
 
   #dial() {
+    if (!this.#started) return; // closed by a listener
     this.#drop();
     const url = new URL(`ws/channel/${this.channelId}`, this.#base);
     url.protocol = url.protocol.replace("http", "ws");
     this.#resumedFrom = this.#cursor;
     this.#dialledWith = this.#token;
-    if (this.#cursor !== null) url.searchParams.set("after", this.#cursor);
+    if (this.#cursor !== null) url.searchParams.set("after", this.#cursor - (this.#anchor ? 1 : 0));
     // In a subprotocol the token stays out of URLs, and so out of logs.
     const socket = new WebSocket(url, [PROTOCOL, `bearer.${this.#token}`]);
     let opened = false;
@@ -220,10 +227,15 @@ export class TollerChat extends EventTarget {
     socket?.close();
   }
 
-  /** A browser cannot ping: while an answer is due, silence is the only sign of a dead link. */
-  #watch() {
-    const due = this.state !== "online" || [...this.#pending.values()].some((entry) => entry.inFlight);
-    this.#timer("watch", this.#socket && due && (() => this.#closed(1006, true)), SILENCE_MS);
+  /** Silence is the only sign of a dead link. A browser cannot ping, so it asks with what the server does not know. */
+  #watch(due = this.state !== "online" || [...this.#pending.values()].some((entry) => entry.inFlight)) {
+    const act = due ? () => this.#closed(1006, true) : () => this.#ask();
+    this.#timer("watch", this.#socket && act, due ? SILENCE_MS : IDLE_MS);
+  }
+
+  #ask() {
+    this.#socket.send('{"type":"ping"}'); // answered with the error unknown_type
+    this.#watch(true);
   }
 
   async #closed(code, opened) {
@@ -258,6 +270,7 @@ export class TollerChat extends EventTarget {
   }
 
   #redial() {
+    if (!this.#started) return;
     this.#setState(navigator.onLine ? "reconnecting" : "offline");
     this.#dial();
   }
@@ -300,16 +313,27 @@ export class TollerChat extends EventTarget {
 
   #message(frame) {
     const id = frame.message_id;
+    if (id === this.#cursor && this.#anchor && frame.created_at !== this.#anchor) return this.#startOver();
     if (this.#cursor !== null && id <= this.#cursor) return;
-    this.#advance(id);
+    this.#advance(id, frame.created_at);
     frame.own = frame.user_id === this.userId;
     // Perhaps a message whose ack was lost, coming back as history. Its nonce, sent again, will tell.
     if (frame.own && this.#awaits(frame.content)) this.#held.set(id, frame);
     else this.#emit("message", frame);
   }
 
-  #advance(id) {
-    this.#cursor = Math.max(this.#cursor ?? 0, id);
+  #advance(id, createdAt = null) {
+    if (this.#cursor !== null && id <= this.#cursor) return;
+    this.#cursor = id;
+    this.#anchor = createdAt;
+  }
+
+  /** What was known may be of ids that are given again. */
+  #startOver() {
+    this.#cursor = this.#anchor = null;
+    this.#held.clear();
+    this.#emit("reset");
+    this.#redial();
   }
 
   #awaits(content) {
@@ -318,23 +342,18 @@ export class TollerChat extends EventTarget {
 
   #ready({ user_id, last_message_id, gap }) {
     this.userId = user_id;
-    if (last_message_id < this.#cursor) {
-      // What was known may be of ids that are given again.
-      this.#cursor = null;
-      this.#held.clear();
-      this.#emit("reset");
-      return this.#redial();
-    }
+    if (last_message_id < this.#cursor) return this.#startOver();
     this.#advance(last_message_id);
     this.#timer("stable", () => (this.#reconnects = 0), STABLE_MS);
     this.#setState("online");
+    if (this.state !== "online") return; // closed by a listener
     if (this.#token !== this.#dialledWith) this.#extend();
     this.#emit("ready", { user_id, last_message_id, gap, after: this.#resumedFrom });
     this.#flush();
   }
 
   #ack({ nonce, message_id, created_at }) {
-    this.#advance(message_id); // all that is before it was sent before it
+    this.#advance(message_id, created_at); // all that is before it was sent before it
     const entry = this.#pending.get(nonce);
     if (!entry) return; // answered before
     this.#refusals = 0;
@@ -344,7 +363,7 @@ export class TollerChat extends EventTarget {
 
   #error({ code, message, nonce }) {
     const entry = this.#pending.get(nonce);
-    if (!entry) return nonce ? undefined : this.#emit("error", { code, message });
+    if (!entry) return nonce || code === "unknown_type" ? undefined : this.#emit("error", { code, message });
     if (!RETRY_ERRORS.has(code)) {
       entry.mayBeStored = false;
       return this.#fail(nonce, code, message);
