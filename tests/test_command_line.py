@@ -29,8 +29,13 @@ def run(*arguments, **settings):
     [
         ({"DB_URL": "postgresql://localhost/x"}, "JWT_SECRET is not set: export JWT_SECRET="),
         ({"DB_URL": "nonsense secret"}, "DB_URL is not a PostgreSQL URL: it must look like"),
-        ({"DB_URL": "postgresql://localhost:port/x"}, "DB_URL has the port 'port': it must be 1 to 65535"),
-        ({"DB_URL": "postgresql://a:5432,b:0/x"}, "DB_URL has the port '0': it must be 1 to 65535"),
+        (
+            {"DB_URL": "postgresql://localhost:port/x"},
+            "DB_URL has no such host and port: a port is 1 to 65535",
+        ),
+        ({"DB_URL": "postgresql://a:5432,b:0/x"}, "DB_URL has no such host and port: a port is 1 to 65535"),
+        ({"DB_URL": "postgresql://u:secret/x@host/x"}, "in a password, / is %2F and @ is %40"),
+        ({"DB_URL": "postgresql://u:a@secret@host/x"}, "in a password, / is %2F and @ is %40"),
         ({"PORT": "x"}, "PORT is 'x': it must be a whole number"),
         ({"PORT": "65536"}, "PORT is 65536: it must be 0 to 65535"),
         ({"PING_INTERVAL": "nan"}, "PING_INTERVAL is nan: it must be 0.05 to 86400"),

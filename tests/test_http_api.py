@@ -51,6 +51,44 @@ async def test_pages_after_an_id_lead_to_the_newest(server, database):
     assert page["has_more"] is False
 
 
+async def test_page_of_long_messages_is_shorter_and_leads_on_all_the_same(server, database):
+    ids = database.insert(*("x" * 8000 for _ in range(70)))
+    _, newest = await get(server, "/channels/1/messages?limit=200")
+    _, oldest = await get(server, "/channels/1/messages?limit=200&after=0")
+    taken = [[message["message_id"] for message in page["messages"]] for page in (newest, oldest)]
+    assert taken == [ids[-32:], ids[:32]]
+    assert newest["has_more"] is oldest["has_more"] is True
+    database.insert("x" * 1_000_000)
+    _, page = await get(server, "/channels/1/messages")
+    assert [len(message["content"]) for message in page["messages"]] == [1_000_000]
+    assert page["has_more"] is True
+
+
+async def test_who_is_removed_while_a_body_is_on_its_way_does_not_post_it(server, database):
+    database.execute("INSERT INTO channel_users (user_id, channel_id) VALUES (5, 3)")
+    alice, _ = await server.join(5, 3)
+    removed = asyncio.Event()
+
+    async def body():
+        yield b'{"content": "hello"'
+        await removed.wait()
+        yield b"}"
+
+    posting = asyncio.ensure_future(
+        server.session.post(
+            f"{server.url}/channels/3/messages",
+            data=body(),
+            headers={"Authorization": f"Bearer {token(5)}"},
+        )
+    )
+    database.execute("DELETE FROM channel_users WHERE user_id = 5")
+    assert await alice.closed() == 4403
+    removed.set()
+    async with await posting as response:
+        assert response.status == 403
+    assert database.contents(3) == []
+
+
 @pytest.mark.parametrize("query", ["limit=0", "limit=201", "limit=x", "before=-1", "after=x"])
 async def test_query_that_is_out_of_range_is_a_bad_request(server, query):
     status, body = await get(server, f"/channels/1/messages?{query}")

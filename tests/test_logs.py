@@ -4,6 +4,7 @@ import logging
 import time
 
 import pytest
+from aiohttp.http_exceptions import BadStatusLine
 
 from tollerchat.logs import Seldom, hide_tokens
 
@@ -29,6 +30,16 @@ def test_same_message_is_logged_once_in_ten_seconds_with_how_often_it_came():
         "user 20 is bad (and 9 more like it)",
         "channel 20 is bad (and 9 more like it)",
     ]
+
+
+def test_bad_requests_are_logged_once_however_many_there_are(caplog):
+    hide_tokens()
+    caplog.set_level(logging.INFO, "aiohttp.server")
+    for _ in range(100):
+        error = BadStatusLine("GET /?token=a.b.c")
+        logging.getLogger("aiohttp.server").error("Error handling request", exc_info=error)
+    assert caplog.messages == ["Error handling request (BadStatusLine)"]
+    assert "token" not in caplog.text
 
 
 @pytest.mark.parametrize("text", ["?%", "?", "&%=", "eyJ", "eyJa.", "%3DeyJ", "?token", "%3f"])

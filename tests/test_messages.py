@@ -6,6 +6,7 @@ import re
 import pytest
 
 from tollerchat.app import hub_key
+from tollerchat.audience import TYPING_RATE, Audience
 
 
 async def test_message_reaches_the_others_with_its_id_and_time(server, database):
@@ -112,6 +113,25 @@ async def test_typing_is_passed_on_at_most_once_a_second(server):
         await alice.send_frame({"type": "typing"})
     await alice.settled()
     assert [frame["type"] for frame in await bob.settled()] == ["typing"]
+
+
+async def test_typing_over_many_connections_of_one_user_is_passed_on_as_over_one(server):
+    """Or they would cost the square of their number."""
+    connections = [await server.connect(1) for _ in range(10)]
+    bob = await server.connect(2)
+    for each in connections:
+        await each.send_frame({"type": "typing"})
+        await each.settled()
+    assert [frame["type"] for frame in await bob.settled()] == ["typing"]
+
+
+def test_typing_in_a_large_room_is_passed_on_as_often_as_it_can_be():
+    audience = Audience(1)
+    audience.live = dict.fromkeys(range(1000), -1)
+    told = [audience.may_type(user_id, now=100 + user_id / 1000) for user_id in range(1000)]
+    assert sum(told) == TYPING_RATE / 1000
+    assert not audience.may_type(0, now=100.9)
+    assert audience.may_type(0, now=101.1)
 
 
 async def test_typing_with_the_originals_extra_fields_is_understood(server):

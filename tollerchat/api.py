@@ -1,6 +1,9 @@
 """The HTTP routes beside the WebSocket: pages of history, and posting without a connection."""
 
 import asyncio
+import itertools
+import socket
+from collections.abc import Sequence
 
 import msgspec
 from aiohttp import hdrs, web
@@ -19,16 +22,18 @@ from tollerchat.hub import Hub
 from tollerchat.protocol import MAX_BIGINT, OutgoingMessage, parse_message
 from tollerchat.repository import Repository
 from tollerchat.saving import NewMessage, Saved
+from tollerchat.websocket import SEND_BUFFER
 from tollerchat.writer import MessageWriter
 
 __all__ = ("MessagesApi",)
 
 MAX_LIMIT = 200  # messages of one page
+MAX_CHARACTERS = 256 * 1024  # of their contents, unless one is longer: nobody may have read any of it yet
 SLICE = 128 * 1024  # bytes of it that must be read in WRITE_TIMEOUT
 
 
 class HistoryPage(msgspec.Struct):
-    messages: list[OutgoingMessage]
+    messages: Sequence[OutgoingMessage]
     has_more: bool
 
 
@@ -71,19 +76,22 @@ class MessagesApi:
             # One more than asked for tells whether there is more.
             if after is None:
                 messages = await self._repository.load_last_messages(channel_id, until, limit + 1)
-                page = messages[-limit:]
+                page = _within_bounds(messages[::-1], limit)[::-1]
             else:
                 messages = await self._repository.load_messages_after(channel_id, after, until, limit + 1)
-                page = messages[:limit]
+                page = _within_bounds(messages, limit)
         except ChatError as exc:
             return error_response(exc)
-        return await self._send(request, msgspec.json.encode(HistoryPage(page, len(messages) > limit)))
+        body = msgspec.json.encode(HistoryPage(page, has_more=len(messages) > len(page)))
+        del messages, page  # it may take a while until it is read
+        return await self._send(request, body)
 
     async def post_message(self, request: web.Request) -> web.StreamResponse:
         """Store and broadcast: 201 with the message, 200 with the original one for a nonce seen before."""
         try:
-            channel_id, user_id = await self._admit(request)
+            await self._admit(request)
             incoming = parse_message(await self._body(request))
+            channel_id, user_id = await self._admit(request)  # again: the body may have taken its time
             poster = Poster()
             self._writer.submit(NewMessage(channel_id, user_id, incoming.content, incoming.nonce), poster)
             # The last try may take some queries; later than that, the writer has failed.
@@ -150,6 +158,10 @@ class MessagesApi:
             await response.prepare(request)
             if transport is not None:
                 transport.set_write_buffer_limits(0)  # it is sent when the kernel has it
+                # Which would take megabytes, and keep them for as long as the peer does not read.
+                transport.get_extra_info("socket").setsockopt(
+                    socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER
+                )
             rest = memoryview(body)
             while len(rest) > SLICE:
                 await asyncio.wait_for(response.write(rest[:SLICE]), self._config.write_timeout)
@@ -161,6 +173,13 @@ class MessagesApi:
         except ConnectionError:
             pass  # it hung up meanwhile, as aiohttp will find out
         return response
+
+
+def _within_bounds(messages: Sequence[OutgoingMessage], limit: int) -> Sequence[OutgoingMessage]:
+    """The first messages, as many as one page may have."""
+    sizes = itertools.accumulate(len(message.content) for message in messages[:limit])
+    count = sum(size <= MAX_CHARACTERS for size in sizes)
+    return messages[: max(count, 1)]
 
 
 async def _read(request: web.Request, size: int) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from tollerchat.logs import Seldom
 from tollerchat.tail import Page
@@ -19,6 +19,9 @@ __all__ = ("Audience",)
 logger = logging.getLogger("tollerchat.audience")
 logger.addFilter(Seldom())  # it may be about many at once
 
+TYPING_INTERVAL: Final = 1.0  # seconds
+TYPING_RATE: Final = 5000  # deliveries a second, in one room: each is a call of the system
+
 
 class Audience:
     """All clients of a room, live or catching up."""
@@ -29,6 +32,9 @@ class Audience:
         # Those whose cursor is the room's head, each with the descriptor that may be written to, or -1: most of what
         # it costs to deliver is memory that has to be fetched, so of a client that only listens nothing is touched.
         self.live: dict[Client, int] = {}
+        # When typing may be passed on again, in loop time: of a user, over whichever connection, and of all.
+        self._next_typing: dict[int, float] = {}
+        self._next_typing_of_all = 0.0
 
     def add(self, client: Client) -> None:
         """Somebody joins; live later, when it has been given the log."""
@@ -38,6 +44,7 @@ class Audience:
         """Somebody leaves; harmless if it is not here."""
         self.clients.discard(client)
         self.live.pop(client, None)
+        self._next_typing.pop(client.user_id, None)
 
     @property
     def doubts(self) -> bool:
@@ -81,6 +88,14 @@ class Audience:
         for client in lagging:
             self.live.pop(client, None)
             client.catch_up(before)
+
+    def may_type(self, user_id: int, now: float) -> bool:
+        """Whether what a user types is to be passed on, which is asked once."""
+        if now < self._next_typing.get(user_id, 0.0) or now < self._next_typing_of_all:
+            return False
+        self._next_typing[user_id] = now + TYPING_INTERVAL
+        self._next_typing_of_all = now + len(self.live) / TYPING_RATE
+        return True
 
     def tell_others(self, sender: Client, data: bytes) -> None:
         """Pass a frame that is not stored to all live clients but its sender."""

@@ -39,7 +39,6 @@ __all__ = ("Client",)
 logger = logging.getLogger("tollerchat.client")
 logger.addFilter(Seldom())  # it may be about many at once
 
-TYPING_INTERVAL: Final = 1.0  # seconds
 CHECK_INTERVAL: Final = 5.0  # seconds, at most, between checks of a connection that is well
 
 
@@ -58,7 +57,6 @@ class Client:
         "_gap",
         "_hub",
         "_next_ping",
-        "_next_typing",
         "_pinged_at",
         "_ready",
         "_refusal",
@@ -99,8 +97,7 @@ class Client:
         self._gap = False
         self._cursor = 0
         self._writable: asyncio.Future[None] | None = None  # what write_pump waits for
-        self._next_typing = 0.0  # loop times
-        self._next_ping = 0.0
+        self._next_ping = 0.0  # loop times
         self._pinged_at = 0.0
         self._refusal: tuple[int, str] | None = None  # a close() that came before start()
         self._room: Room  # from seek() on
@@ -218,9 +215,7 @@ class Client:
             outbox.sent(frame.content, frame.nonce, cursor)
 
     def _on_typing(self) -> None:
-        now = self._socket.loop.time()
-        if now >= self._next_typing:
-            self._next_typing = now + TYPING_INTERVAL
+        if self._room.audience.may_type(self.user_id, self._socket.loop.time()):
             self._room.audience.tell_others(self, encode(OutgoingTyping(self.user_id, self.channel_id)))
 
     def _on_auth(self, frame: IncomingAuth) -> None:

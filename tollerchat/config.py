@@ -116,15 +116,21 @@ class Config:
         object.__setattr__(self, "allowed_origins", tuple(map(_as_browsers_send_it, self.allowed_origins)))
 
     def _check_database(self) -> None:
+        # What is wrong may be a part of the password, so it is not told.
         try:
-            ports = psycopg2.extensions.parse_dsn(self.db_url).get("port", "")
-        except psycopg2.ProgrammingError:  # its text may have the password
+            parts = psycopg2.extensions.parse_dsn(self.db_url)
+        except psycopg2.ProgrammingError:
             raise ConfigError(
                 "DB_URL is not a PostgreSQL URL: it must look like postgresql://user:password@host/database"
             ) from None
-        for port in ports.split(","):
-            if port and not (port.isdecimal() and 1 <= int(port) <= 65535):
-                raise ConfigError(f"DB_URL has the port {port!r}: it must be 1 to 65535")
+        ports = [port for port in parts.get("port", "").split(",") if port]
+        if (
+            not all(port.isdecimal() and 1 <= int(port) <= 65535 for port in ports)
+            or "@" in parts.get("host", "")[1:]
+        ):
+            raise ConfigError(
+                "DB_URL has no such host and port: a port is 1 to 65535, and in a password, / is %2F and @ is %40"
+            )
 
     def _check_tokens(self) -> None:
         if not self.jwt_algorithms:

@@ -23,30 +23,27 @@ def _hide_value(pair: re.Match[str]) -> str:
 
 
 class _HideTokens(logging.Filter):
+    def __init__(self) -> None:
+        super().__init__()
+        self._bad_requests = Seldom()
+        self.forget = self._bad_requests.forget
+
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg = _hide(record.getMessage())
         record.args = None
         for name in ("first_request_line", "request_header"):  # aiohttp's extras, for structured logs
             if isinstance(value := getattr(record, name, None), str):
                 setattr(record, name, _hide(value))
-        if record.exc_info and (error := record.exc_info[1]) is not None:
-            if isinstance(error, HttpProcessingError):
-                # Not our error, and it would quote the request.
-                record.levelno, record.levelname = logging.INFO, "INFO"
-                record.msg += f" ({type(error).__name__})"
-                record.exc_info = record.exc_text = None
-            else:
-                record.exc_text = _hide(logging.Formatter().formatException(record.exc_info))
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError):
+            # Not our error, and it would quote the request; and anybody can have as many as they like.
+            record.levelno, record.levelname = logging.INFO, "INFO"
+            record.msg += f" ({type(error).__name__})"
+            record.exc_info = record.exc_text = None
+            return self._bad_requests.filter(record)
+        if record.exc_info and error is not None:
+            record.exc_text = _hide(logging.Formatter().formatException(record.exc_info))
         return True
-
-
-_filter = _HideTokens()
-
-
-def hide_tokens() -> None:
-    """Keep tokens, and what else strangers sent, out of aiohttp's logs, whichever application writes them."""
-    for name in ("aiohttp.access", "aiohttp.server"):
-        logging.getLogger(name).addFilter(_filter)  # adding it again changes nothing
 
 
 class Seldom(logging.Filter):
@@ -71,3 +68,12 @@ class Seldom(logging.Filter):
         if left_out:
             record.msg, record.args = f"{record.getMessage()} (and {left_out} more like it)", None
         return True
+
+
+_filter = _HideTokens()
+
+
+def hide_tokens() -> None:
+    """Keep tokens, and what else strangers sent, out of aiohttp's logs, whichever application writes them."""
+    for name in ("aiohttp.access", "aiohttp.server"):
+        logging.getLogger(name).addFilter(_filter)  # adding it again changes nothing

@@ -16,7 +16,7 @@ from tollerchat.protocol import CloseCode, close_frame, pong_frame
 from tollerchat.reader import FrameReader
 from tollerchat.turns import Turns
 
-__all__ = ("BUFFER_LIMIT", "CLOSE_TIMEOUT", "WebSocket", "write_some")
+__all__ = ("BUFFER_LIMIT", "CLOSE_TIMEOUT", "SEND_BUFFER", "WebSocket", "write_some")
 
 logger = logging.getLogger("tollerchat.websocket")
 
