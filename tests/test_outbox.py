@@ -7,6 +7,7 @@ import psycopg2
 import pytest
 
 from tests.support import until
+from tollerchat import bus
 from tollerchat import outbox as outbox_module
 from tollerchat.app import hub_key
 from tollerchat.errors import InvalidContent, Unavailable
@@ -111,7 +112,9 @@ async def test_what_was_lost_is_not_taken_for_the_same_text_of_another_connectio
     serve, config, database, monkeypatch
 ):
     """Not for ever, at least: without a nonce, nothing else tells them apart."""
-    monkeypatch.setattr(outbox_module, "LINGERS_FOR", 3600)
+    monkeypatch.setattr(outbox_module, "LINGERS_FOR", 0)
+    for name in ("PROBE_INTERVAL", "DOUBT_DELAY"):  # only we compare
+        monkeypatch.setattr(bus, name, 3600)
     server, other = await serve(config), await serve(config)
     phone, _ = await server.join(1)
     laptop, _ = await other.join(1)
@@ -131,7 +134,6 @@ async def test_what_was_lost_is_not_taken_for_the_same_text_of_another_connectio
     with contextlib.closing(psycopg2.connect(database.url)) as holder, holder.cursor() as cursor:
         # While somebody has the lock, it may be being stored yet.
         cursor.execute("SELECT pg_advisory_xact_lock(%s, 1)", (LOCK_KEY,))
-        monkeypatch.setattr(outbox_module, "LINGERS_FOR", 0)
         await hub.compare_with_log()
         assert hub.rooms[1].audience.doubts
         holder.rollback()  # close() does not wait until the lock is free
