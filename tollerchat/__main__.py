@@ -21,7 +21,7 @@ from tollerchat.app import RUNNER_OPTIONS, create_app, drain
 from tollerchat.auth import issue_token
 from tollerchat.config import Config
 from tollerchat.database import apply_schema, reason
-from tollerchat.embedded import DEMO_USERS, add_demo_data, keep_secret, run_postgres
+from tollerchat.embedded import DEMO_USERS, STOP_SIGNALS, add_demo_data, keep_secret, run_postgres
 from tollerchat.errors import ConfigError
 from tollerchat.protocol import MAX_ID
 
@@ -32,7 +32,6 @@ logger = logging.getLogger("tollerchat")
 # Connections that wait to be accepted: all clients come back at once after a restart.
 BACKLOG = 4096
 DEMO_TTL = 30 * 24 * 3600  # seconds
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import socket
 from collections.abc import Sequence
 
 import msgspec
@@ -22,7 +21,7 @@ from tollerchat.hub import Hub
 from tollerchat.protocol import MAX_BIGINT, OutgoingMessage, parse_message
 from tollerchat.repository import Repository
 from tollerchat.saving import NewMessage, Saved
-from tollerchat.websocket import SEND_BUFFER
+from tollerchat.websocket import bound_send_buffer
 from tollerchat.writer import MessageWriter
 
 __all__ = ("MessagesApi",)
@@ -158,10 +157,7 @@ class MessagesApi:
             await response.prepare(request)
             if transport is not None:
                 transport.set_write_buffer_limits(0)  # it is sent when the kernel has it
-                # Which would take megabytes, and keep them for as long as the peer does not read.
-                transport.get_extra_info("socket").setsockopt(
-                    socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER
-                )
+                bound_send_buffer(transport)
             rest = memoryview(body)
             while len(rest) > SLICE:
                 await asyncio.wait_for(response.write(rest[:SLICE]), self._config.write_timeout)

@@ -135,6 +135,7 @@ async def post_message(
     asked. Raises a `ChatError`, with the `code` of docs/protocol.md; where it is `unavailable`, only a message with a
     `nonce` can be posted again without the risk that it is there twice.
     """
+    # As JSON: it is checked as what clients send is, types and text too.
     new = parse_message(json.dumps({"content": content, "nonce": nonce}))
     return await app[repository_key].save_message(NewMessage(channel_id, user_id, new.content, new.nonce))
 

@@ -75,7 +75,11 @@ async def open_connection(config: Config, watch: ConnectionWatch) -> Connection:
 
 def has_answered(conn: Connection | None, exc: Exception) -> bool:
     """Whether an error came from the database, and not from a connection that failed."""
-    return conn is not None and not conn.closed and isinstance(exc, psycopg2.Error) and exc.pgcode is not None
+    return conn is not None and not conn.closed and _is_answer(exc)
+
+
+def _is_answer(exc: Exception) -> bool:
+    return isinstance(exc, psycopg2.Error) and exc.pgcode is not None
 
 
 def explain(exc: Exception, conn: Connection | None) -> Unavailable:
@@ -85,7 +89,9 @@ def explain(exc: Exception, conn: Connection | None) -> Unavailable:
         if isinstance(exc, psycopg2.errors.InsufficientPrivilege):
             return Unavailable("the server lacks a privilege in the database")
         return Unavailable("the database is not set up: run tollerchat init-db")
-    if has_answered(conn, exc) or (conn is None and isinstance(exc, psycopg2.Error) and exc.pgcode):
+    if _is_answer(exc) and (
+        conn is None or not conn.closed
+    ):  # without one, it was refused while it was prepared
         logger.warning("the database could not run a query: %s", reason(exc))
         return Unavailable("the database could not run the query")
     logger.warning("the database is not reachable: %s", reason(exc))

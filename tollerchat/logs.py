@@ -26,7 +26,6 @@ class _HideTokens(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
         self._bad_requests = Seldom()
-        self.forget = self._bad_requests.forget
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg = _hide(record.getMessage())
@@ -54,10 +53,6 @@ class Seldom(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
         self._said: dict[str, tuple[float, int]] = {}  # message without its arguments -> when, left out since
-
-    def forget(self) -> None:
-        """Let everything through once more."""
-        self._said.clear()
 
     def filter(self, record: logging.LogRecord) -> bool:
         said_at, left_out = self._said.get(record.msg, (0.0, 0))

@@ -16,7 +16,7 @@ from tollerchat.protocol import CloseCode, close_frame, pong_frame
 from tollerchat.reader import FrameReader
 from tollerchat.turns import Turns
 
-__all__ = ("BUFFER_LIMIT", "CLOSE_TIMEOUT", "SEND_BUFFER", "WebSocket", "write_some")
+__all__ = ("BUFFER_LIMIT", "CLOSE_TIMEOUT", "WebSocket", "bound_send_buffer", "write_some")
 
 logger = logging.getLogger("tollerchat.websocket")
 
@@ -97,8 +97,7 @@ class WebSocket(asyncio.Protocol):
         self._progress: Progress | None = None  # while the buffer is full
         self._reader = FrameReader(self, turns, max_size=max_size)
         transport.set_write_buffer_limits(high=BUFFER_LIMIT)
-        # The kernel's buffer would grow to megabytes, and hide for seconds that a slow peer does read.
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        bound_send_buffer(transport)
 
     def take_over(self, request: web.Request) -> None:
         """Become the protocol of the request's transport: to answer is left to the caller.
@@ -287,6 +286,13 @@ class WebSocket(asyncio.Protocol):
         listener = self._listener
         del self._listener  # without cycles, memory is free at once
         listener.lost()
+
+
+def bound_send_buffer(transport: asyncio.Transport) -> None:
+    """Keep the kernel from taking megabytes: it would hide for seconds that a slow peer does read, and hold what one
+    that is gone never will.
+    """
+    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
 
 
 def write_some(descriptor: int, data: bytes) -> int:
